@@ -22,12 +22,10 @@ recurrent. The game is StarCraft II where it is installed and SMAX, its JAX doub
     python a2po_smac.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 """
 
-import contextlib
 import dataclasses
 import glob
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import multiprocessing
@@ -201,17 +199,17 @@ def choose_simulator(simulator: str, map_name: str) -> tuple[str, str]:
 class SMAX(gym.vector.VectorEnv):
     """JaxMARL's SMAX with the heuristic enemy: all environments in one jitted, vmapped function, next-step autoreset.
 
-    Observations are dictionaries with `obs` (N, n, obs_dim), `state` (N, state_dim), `action_mask` (N, n, n_actions) and
-    `alive` (N, n); rewards are the team's, (N,); `info["won"]` (N,) tells of the episode that the step ended.
+    Observations are dictionaries: `obs` (N, n, obs_dim), `state` (N, state_dim), `action_mask` (N, n, n_actions),
+    `alive` (N, n). Rewards are the team's, (N,); `info["won"]` (N,) tells of the episode that the step ended.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, map_name: str, num_envs: int, seed: int):
-        with contextlib.redirect_stdout(io.StringIO()):  # jaxmarl announces its optional parts
-            import jax
-            import jax.numpy as jnp
-            from jaxmarl.environments.smax import HeuristicEnemySMAX, Scenario, map_name_to_scenario
+        import jax
+        import jax.numpy as jnp
+        from jaxmarl.environments.smax import HeuristicEnemySMAX, Scenario, map_name_to_scenario
+
         if map_name == "8m_vs_9m":
             scenario = Scenario(jnp.zeros(17, jnp.uint8), 8, 9, False, False)
         elif map_name == "corridor":  # 6 zealots against 24 zerglings
@@ -280,15 +278,15 @@ class SMAX(gym.vector.VectorEnv):
             self._key = self._new_key(seed)
         self._key, self._state, obs = self._reset(self._key)
         self._final = np.zeros(self.num_envs, bool)
-        return {name: np.asarray(value) for name, value in obs.items()}, {"won": np.zeros(self.num_envs, bool)}
+        return {name: np.array(value) for name, value in obs.items()}, {"won": np.zeros(self.num_envs, bool)}
 
     def step(self, actions):
         self._key, self._state, obs, reward, terminated, truncated, won = self._step(
             self._key, self._state, self._final, np.asarray(actions, np.int32)
         )
-        reward, terminated, truncated, won = (np.asarray(x) for x in (reward, terminated, truncated, won))
+        reward, terminated, truncated, won = (np.array(x) for x in (reward, terminated, truncated, won))
         self._final = terminated | truncated
-        return {name: np.asarray(value) for name, value in obs.items()}, reward, terminated, truncated, {"won": won}
+        return {name: np.array(value) for name, value in obs.items()}, reward, terminated, truncated, {"won": won}
 
     def get_state(self) -> list[torch.Tensor]:
         """The whole state of the simulator, for checkpoints and to leave training untouched by an evaluation."""
@@ -424,6 +422,10 @@ class StarCraft2(gym.Env):
                 warnings.warn(f"StarCraft II did not close: {error!r}", stacklevel=2)
 
 
+class GameDied(RuntimeError):
+    """A game's process is gone, or its game failed too often."""
+
+
 class StarCraft2Games(gym.vector.AsyncVectorEnv):
     """One StarCraft II process per environment, next-step autoreset, the same observations as SMAX."""
 
@@ -435,12 +437,22 @@ class StarCraft2Games(gym.vector.AsyncVectorEnv):
         """None: a game cannot be saved; after an evaluation or on resume, training goes on with new episodes."""
         return None
 
-    def terminate(self):
-        """End all workers, at once: after the death of one of them AsyncVectorEnv.close() waits for ever."""
-        for process in self.processes:
-            process.terminate()
-            process.join(5)
-        self.closed = True
+    def step(self, actions):
+        return self._play(super().step, actions)
+
+    def reset(self, **options):
+        return self._play(super().reset, **options)
+
+    def _play(self, method, *arguments, **options):
+        try:
+            return method(*arguments, **options)
+        except (EOFError, OSError, RuntimeError) as error:
+            # End all workers at once: after the death of one of them AsyncVectorEnv.close() waits for ever.
+            for process in self.processes:
+                process.terminate()
+                process.join(5)
+            self.closed = True
+            raise GameDied(f"a StarCraft II process is gone: {error!r}") from error
 
 
 def make_envs(simulator: str, map_name: str, num_envs: int, seed: int) -> gym.vector.VectorEnv:
@@ -479,9 +491,9 @@ class RecurrentNetwork(nn.Module):
 
         Returns outputs (L, B, outputs) and the GRU's state after each step (L, B, H).
         """
-        features, keep, states = self.base(inputs), 1.0 - start.unsqueeze(-1), []
-        for t in range(len(features)):
-            hidden = self.gru(features[t], hidden * keep[t])
+        states = []
+        for features, keep in zip(self.base(inputs).unbind(), (1.0 - start.unsqueeze(-1)).unbind(), strict=True):
+            hidden = self.gru(features, hidden * keep)
             states.append(hidden)
         states = torch.stack(states)
         return self.head(states), states
@@ -497,6 +509,8 @@ class ValueNormalizer(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def update(self, returns):
+        if returns.numel() == 0:
+            return
         returns = returns.double()
         self.mean.lerp_(returns.mean(), 1 - self.beta)
         self.mean_square.lerp_(returns.square().mean(), 1 - self.beta)
@@ -604,23 +618,24 @@ def values_for_the_dead(values, alive):
     return torch.where(alive.bool(), values, team)
 
 
-def to_chunks(x, length):
-    """(T, N, ...) -> (length, T / length * N, ...): pieces for truncated back-propagation through time."""
-    return x.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 2)
+def to_sequences(x, length, rows):
+    """(T, N, n, ...) -> (length, S, ...): one sequence per chunk, environment and agent; `rows` of them."""
+    return x.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 3).index_select(1, rows)
 
 
-def from_chunks(x, num_envs):
-    """The inverse of to_chunks: (length, chunks * N, ...) -> (T, N, ...)."""
-    return x.unflatten(1, (-1, num_envs)).transpose(0, 1).flatten(0, 1)
+def from_sequences(x, rows, shape):
+    """The inverse of to_sequences for shape (T, N, n), with zeros where `rows` left a sequence out."""
+    T, N, n = shape
+    whole = x.new_zeros(len(x), T // len(x) * N * n).index_copy(1, rows, x)
+    return whole.unflatten(1, (-1, N, n)).transpose(0, 1).flatten(0, 1)
 
 
-def run_network(network, chunks, inputs, hidden, agents):
-    """Outputs (L, B, agents, outputs) of a network for some agents, from the GRU states that began each chunk."""
-    start = chunks["start"].unsqueeze(-1).expand(-1, -1, len(agents)).flatten(1, 2)
-    outputs, _ = network(
-        chunks[inputs][:, :, agents].flatten(1, 2), chunks[hidden][0][:, agents].flatten(0, 1), start
-    )
-    return outputs.unflatten(1, (-1, len(agents)))
+def sequence_policy(actor, sequences, columns):
+    """log pi(a) and entropy (L, s) of some sequences, by the actor as it is now, from their stored first GRU states."""
+    obs, start, masks, actions = (sequences[k].index_select(1, columns) for k in ("obs", "start", "masks", "actions"))
+    logits, _ = actor(obs, sequences["actor_hidden"][columns], start)
+    policy = masked_policy(logits, masks)
+    return policy.log_prob(actions), policy.entropy()
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -665,7 +680,7 @@ def read_checkpoint(path: Path, option: str) -> dict:
     """A checkpoint of one of the SMAC scripts; anything else is an error in `option`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"], checkpoint["simulator"], checkpoint["actor"]
+        checkpoint["args"]["map"], checkpoint["script"], checkpoint["actor"]
     except FileNotFoundError:
         usage_error(option, path, "no such file")
     except Exception:
@@ -701,10 +716,10 @@ def parse_args(argv=None) -> Args:
     return tyro.cli(Args, default=defaults, args=argv)
 
 
-def complete_args(args: Args, simulator: str) -> Args:
+def complete_args(args: Args) -> Args:
     """Fill in what depends on the map, the simulator and the machine, and check what can be checked without them."""
     blocks, epochs, gae_lambda, clip_coef = TABLE_7.get(args.map, TABLE_7["3s5z"])
-    num_envs = args.num_envs if args.num_envs is not None else 64 if simulator == "smax" else 8
+    num_envs = args.num_envs if args.num_envs is not None else 64 if args.simulator == "smax" else 8
     defaults = {
         "num_envs": num_envs,
         "num_steps": max(1, 3200 // max(1, num_envs) // max(1, args.chunk_length)) * args.chunk_length,
@@ -731,6 +746,8 @@ def complete_args(args: Args, simulator: str) -> Args:
         for name in names.split():
             if not good(getattr(args, name)):
                 usage_error(f"--{name.replace('_', '-')}", getattr(args, name), allowed)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
     if args.num_steps % args.chunk_length:
         usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
     return args
@@ -738,7 +755,7 @@ def complete_args(args: Args, simulator: str) -> Args:
 
 def main(args: Args):
     simulator, reason = choose_simulator(args.simulator, args.map)
-    args = complete_args(args, simulator)
+    args = complete_args(dataclasses.replace(args, simulator=simulator))
     print(f"simulator: {simulator} ({reason})")
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -770,10 +787,10 @@ def main(args: Args):
         source, option = (args.resume, "--resume") if args.resume else (args.checkpoint, "--checkpoint")
         checkpoint = read_checkpoint(Path(source) / "checkpoint.pt" if args.resume else Path(source), option)
         same = {"map": args.map, "simulator": simulator}
-        if args.resume:  # the saved simulator state and chunks have these shapes
+        if args.resume:  # the saved simulator state has this many environments
             same |= {"script": Path(__file__).stem, "num_envs": N}
         for name, value in same.items():
-            saved = {**checkpoint["args"], **checkpoint}[name]
+            saved = (checkpoint["args"] | {"script": checkpoint["script"]})[name]
             if saved != value:
                 usage_error(option, source, f"is of {name} {saved}, not of {value}")
         try:
@@ -793,7 +810,7 @@ def main(args: Args):
     run_dir = Path(args.resume) if args.resume else Path("runs") / run_name
     run_dir.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "numpy", "gymnasium", "jaxmarl" if simulator == "smax" else "smacv2")
-    config = dataclasses.asdict(args) | {"resume": "", "simulator": simulator, "reason": reason, "script": run_name}
+    config = dataclasses.asdict(args) | {"resume": "", "reason": reason, "script": Path(__file__).stem}
     config |= {"device": str(device), "versions": {name: importlib.metadata.version(name) for name in packages}}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{run_dir}: " + ", ".join(f"{k} {v}" for k, v in config.items() if k in Args.__annotations__))
@@ -813,11 +830,10 @@ def main(args: Args):
     log_probs = torch.zeros(T, N, n, device=device)
     rewards = torch.zeros(T, N, 1, device=device)
     terminated = torch.zeros(T, N, device=device)
-    actor_hidden = torch.zeros(T, N, n, H, device=device)  # before each step
+    actor_hidden = torch.zeros(T // L, N, n, H, device=device)  # before the first step of each chunk
 
     # Where the run stands; all of it goes into checkpoints.
-    progress = {"global_step": 0, "iteration": 0, "seconds": 0.0, "episodes": 0, "next_eval": args.eval_every}
-    progress |= {"next_save": args.save_every}
+    progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
     hidden = {name: torch.zeros(N, n, H, device=device) for name in ("actor", "critic")}
     next_start, next_final = torch.ones(N), torch.zeros(N)
     episode_return, episode_length = torch.zeros(N), torch.zeros(N)
@@ -844,7 +860,7 @@ def main(args: Args):
 
     def save():
         contents = {name: part.state_dict() for name, part in learned.items()}
-        contents |= {"args": dataclasses.asdict(args) | {"resume": ""}, "simulator": simulator}
+        contents |= {"args": dataclasses.asdict(args) | {"resume": ""}}
         contents |= {"script": Path(__file__).stem, "progress": progress, "rng": torch.get_rng_state()}
         contents |= {"order_rng": order_generator.get_state(), "envs": envs.get_state(), "hidden": hidden}
         contents |= {"next_obs": {name: torch.from_numpy(np.array(value)) for name, value in next_obs.items()}}
@@ -852,6 +868,10 @@ def main(args: Args):
         if device.type == "cuda":
             contents["cuda_rng"] = torch.cuda.get_rng_state()
         write_checkpoint(run_dir / "checkpoint.pt", contents)
+
+    def leave(error):
+        save()
+        sys.exit(f"{error}; go on with --resume {run_dir}")
 
     stop_signals = []  # Ctrl-C and SIGTERM are seen to between two iterations; a second one ends the run at once
 
@@ -877,7 +897,8 @@ def main(args: Args):
                 if t == T:
                     break
                 masks[t] = torch.as_tensor(next_obs["action_mask"])
-                actor_hidden[t] = hidden["actor"]
+                if t % L == 0:
+                    actor_hidden[t // L] = hidden["actor"]
                 starts = start[t].repeat_interleave(n)
                 logits, states = actor(obs[t].flatten(0, 1)[None], hidden["actor"].flatten(0, 1), starts[None])
                 policy = masked_policy(logits.view(N, n, n_actions), masks[t])
@@ -887,11 +908,8 @@ def main(args: Args):
 
                 try:
                     next_obs, reward, term, trunc, info = envs.step(actions[t].cpu().numpy())
-                except (EOFError, OSError, RuntimeError) as error:  # a worker died, or its game fails for good
-                    save()
-                    if simulator == "starcraft2":
-                        envs.terminate()
-                    sys.exit(f"a game's process died ({error!r}); saved: go on with --resume {run_dir}")
+                except GameDied as error:
+                    leave(error)
                 crashed = torch.as_tensor(info.get("crashed", np.zeros(N, bool)))
                 final[t] = torch.max(final[t], crashed.to(device))  # no sample; the one before it ends the trace
                 rewards[t, :, 0], terminated[t] = torch.as_tensor(reward), torch.as_tensor(term)
@@ -910,7 +928,7 @@ def main(args: Args):
             old_values = values.view(T + 1, N, n)
             values = values_for_the_dead(normalizer.denormalize(old_values), alive)
             states = states.view(T + 1, N, n, H)
-            critic_hidden = torch.cat([first_critic_hidden[None], states[:-2]])
+            critic_hidden = torch.cat([first_critic_hidden[None], states[L - 1 : T - 1 : L]])
             hidden["critic"] = states[-2]
         done, sample = final[1:], alive[:-1] * (1 - final[:-1]).unsqueeze(-1)  # (T, N), (T, N, n)
         steps = int((1 - final[:-1]).sum())
@@ -918,9 +936,6 @@ def main(args: Args):
 
         # ------------------------------------------------------------------------- update, agent block by agent block
         update_begin = time.perf_counter()
-        chunks = {"obs": obs[:-1], "critic_inputs": critic_inputs[:-1], "masks": masks, "actions": actions}
-        chunks |= {"start": start[:-1], "actor_hidden": actor_hidden, "critic_hidden": critic_hidden}
-        chunks = {name: to_chunks(x, L) for name, x in chunks.items()}
         trace = (rewards, values, terminated, done)
         advantages = preopc_advantages(*trace, torch.ones_like(done), args.gamma, args.gae_lambda)  # under pi: GAE
         returns = advantages + values[:-1]
@@ -929,45 +944,54 @@ def main(args: Args):
         explained = 1 - (advantages[sample.bool()].var() / returns[sample.bool()].var())
         scores = (advantages.abs() * sample).sum((0, 1)) / sample.sum((0, 1)).clamp(min=1)
         order = agent_order(scores.cpu(), args.agent_order, order_generator)
-        blocks = [block.tolist() for block in np.array_split(order, args.agent_blocks)]
+
+        # Sequences for truncated back-propagation, without those that hold no sample; `rows % n` are their agents.
+        rows = sample.unflatten(0, (-1, L)).any(1).flatten().nonzero().squeeze(-1)
+        sequences = {"obs": obs[:-1], "critic_inputs": critic_inputs[:-1], "masks": masks, "actions": actions}
+        sequences |= {"log_probs": log_probs, "old_values": old_values, "sample": sample}
+        sequences["start"] = start[:-1].unsqueeze(-1).expand(-1, -1, n)
+        sequences = {name: to_sequences(x, L, rows) for name, x in sequences.items()}
+        sequences["actor_hidden"] = actor_hidden.flatten(0, 2)[rows]
+        sequences["critic_hidden"] = critic_hidden.flatten(0, 2)[rows]
+
         metrics = []
+        blocks = torch.tensor(order, device=device).tensor_split(args.agent_blocks)
         for _ in range(math.ceil(args.update_epochs / len(blocks))):
             for position, block in enumerate(blocks, 1):
                 # The parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
-                others = [agent for agent in range(n) if agent not in block]
-                log_ratio, entropy = torch.zeros(T, N, n, device=device), None
-                for agents in (others, block):
-                    if not agents:
-                        continue
-                    with torch.set_grad_enabled(agents is block):
-                        logits = run_network(policy_update, chunks, "obs", "actor_hidden", agents)
-                        policy = masked_policy(logits, chunks["masks"][:, :, agents])
-                        new_log_probs = from_chunks(policy.log_prob(chunks["actions"][:, :, agents]), N)
-                        change = (new_log_probs - log_probs[:, :, agents]) * sample[:, :, agents]
-                    log_ratio[:, :, agents] = change
-                log_ratio = log_ratio.clamp(-20, 20)
+                in_block = torch.isin(rows % n, block)
+                own, others = in_block.nonzero().squeeze(-1), (~in_block).nonzero().squeeze(-1)
+                weight = sequences["sample"][:, own]
+                new_log_probs, entropy = sequence_policy(policy_update, sequences, own)
+                log_ratio = ((new_log_probs - sequences["log_probs"][:, own]) * weight).clamp(-20, 20)
+                all_log_ratios = torch.zeros_like(sequences["log_probs"])
+                all_log_ratios[:, own] = log_ratio.detach()
+                with torch.no_grad():
+                    others_log_probs, _ = sequence_policy(policy_update, sequences, others)
+                    others_log_ratio = others_log_probs - sequences["log_probs"][:, others]
+                    all_log_ratios[:, others] = others_log_ratio * sequences["sample"][:, others]
+                joint_log_ratio = from_sequences(all_log_ratios, rows, sample.shape).sum(-1)
 
-                # Eq. (2): the advantage of the block, corrected for all policies that have changed.
-                fixed = log_ratio.detach()
-                joint_ratio = fixed.sum(-1).clamp(-20, 20).exp() if args.preopc else torch.ones_like(done)
-                advantages = preopc_advantages(*trace, joint_ratio, args.gamma, args.gae_lambda)[:, :, block]
-                targets = normalizer.normalize(advantages + values[:-1, :, block])
-                weight = sample[:, :, block]
-                advantages = normalize_advantages(advantages, weight)
+                # Eq. (2): the block's advantages, corrected for all policies that have changed.
+                joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else torch.ones_like(done)
+                advantages = preopc_advantages(*trace, joint_ratio, args.gamma, args.gae_lambda)
+                targets = to_sequences(normalizer.normalize(advantages + values[:-1]), L, rows[own])
+                advantages = normalize_advantages(to_sequences(advantages, L, rows[own]), weight)
 
-                # Eq. (6), with the clip of this position; e = everyone but i.
+                # Eq. (6) with the clip of this position; the preceding agents are everyone but i.
                 clip_coef = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
-                ratio = log_ratio[:, :, block].exp()
-                preceding_ratio = (fixed.sum(-1, keepdim=True) - fixed[:, :, block]).clamp(-20, 20).exp()
+                joint_log_ratio = to_sequences(joint_log_ratio.unsqueeze(-1).expand(-1, -1, n), L, rows[own])
+                ratio, preceding_ratio = log_ratio.exp(), (joint_log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
                 surrogate = clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef)
-                policy_loss = -masked_mean(surrogate, weight)
-                entropy = masked_mean(from_chunks(policy.entropy(), N), weight)
-                new_values = run_network(value_update, chunks, "critic_inputs", "critic_hidden", block)
-                new_values = from_chunks(new_values.squeeze(-1), N)
-                critic_loss = value_loss(
-                    new_values, old_values[:, :, block], targets, args.clip_coef, args.huber_delta
+                policy_loss, entropy = -masked_mean(surrogate, weight), masked_mean(entropy, weight)
+                new_values, _ = value_update(
+                    sequences["critic_inputs"].index_select(1, own),
+                    sequences["critic_hidden"][own],
+                    sequences["start"][:, own],
                 )
-                critic_loss = masked_mean(critic_loss, weight)
+                old = sequences["old_values"][:, own]
+                losses = value_loss(new_values.squeeze(-1), old, targets, args.clip_coef, args.huber_delta)
+                critic_loss = masked_mean(losses, weight)
 
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
@@ -978,22 +1002,15 @@ def main(args: Args):
                 critic_optimizer.step()
 
                 with torch.no_grad():
-                    joint = ratio * preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
-                    outside = ((preceding_ratio - 1).abs() > clip_coef / 2).float()
-                    metrics.append(
-                        {
-                            "losses/policy_loss": policy_loss,
-                            "losses/value_loss": critic_loss,
-                            "losses/entropy": entropy,
-                            "losses/approx_kl": masked_mean(ratio - 1 - log_ratio[:, :, block], weight),
-                            "losses/clipfrac": masked_mean(((joint - 1).abs() > clip_coef).float(), weight),
-                            f"a2po/position_{position}/clipfrac": masked_mean(
-                                ((joint - 1).abs() > clip_coef).float(), weight
-                            ),
-                            f"a2po/position_{position}/preceding_clipfrac": masked_mean(outside, weight),
-                            f"a2po/position_{position}/ratio": masked_mean(ratio, weight),
-                        }
-                    )
+                    preceding = preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+                    clipped = masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), weight)
+                    update = {"losses/policy_loss": policy_loss, "losses/value_loss": critic_loss}
+                    update |= {"losses/entropy": entropy, "losses/clipfrac": clipped}
+                    update["losses/approx_kl"] = masked_mean(ratio - 1 - log_ratio, weight)
+                    place = f"a2po/position_{position}"
+                    update |= {f"{place}/clipfrac": clipped, f"{place}/ratio": masked_mean(ratio, weight)}
+                    update[f"{place}/preceding_clipfrac"] = masked_mean((preceding != preceding_ratio).float(), weight)
+                    metrics.append(update)
         names = list(dict.fromkeys(name for update in metrics for name in update))
         means = {name: torch.stack([m[name].detach() for m in metrics if name in m]).mean() for name in names}
         means = dict(zip(names, torch.stack(list(means.values())).tolist(), strict=True))
@@ -1006,7 +1023,6 @@ def main(args: Args):
         progress["global_step"] += steps
         progress["seconds"] = time.perf_counter() - begin
         if recent_wins:
-            progress["episodes"] += len(recent_wins)
             win_rate = float(np.mean(recent_wins))
             writer.add_scalar("charts/win_rate", win_rate, progress["global_step"])
             writer.add_scalar("charts/episodic_return", np.mean(recent_returns), progress["global_step"])
@@ -1018,25 +1034,27 @@ def main(args: Args):
         means |= {f"a2po/position_of_agent/{agent}": place for place, agent in enumerate(order, 1)}
         for name, value in means.items():
             writer.add_scalar(name, value, progress["global_step"])
-        if progress["global_step"] >= min(progress["next_eval"], args.total_timesteps):
-            progress["next_eval"] += args.eval_every
+        before, now = progress["global_step"] - steps, progress["global_step"]
+        if before // args.eval_every < now // args.eval_every or now >= args.total_timesteps:
             simulator_state = envs.get_state()
-            won, returns = evaluate(actor, envs, args.eval_episodes, device)
+            try:
+                won, returns = evaluate(actor, envs, args.eval_episodes, device)
+                if simulator_state is not None:
+                    envs.set_state(simulator_state)
+                else:
+                    next_obs, _ = envs.reset()
+                    next_start, next_final = torch.ones(N), torch.zeros(N)
+                    episode_return, episode_length = torch.zeros(N), torch.zeros(N)
+            except GameDied as error:
+                leave(error)
             greedy_win_rate = float(np.mean(won))
-            if simulator_state is not None:
-                envs.set_state(simulator_state)
-            else:
-                next_obs, _ = envs.reset()
-                next_start, next_final = torch.ones(N), torch.zeros(N)
-                episode_return, episode_length = torch.zeros(N), torch.zeros(N)
             record = {"step": progress["global_step"], "seconds": round(progress["seconds"], 2)}
             record |= {"win_rate": greedy_win_rate, "won": won, "returns": returns}
             with eval_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             writer.add_scalar("eval/win_rate", greedy_win_rate, progress["global_step"])
             writer.add_scalar("eval/episodic_return", np.mean(returns), progress["global_step"])
-        if progress["global_step"] >= progress["next_save"]:
-            progress["next_save"] += args.save_every
+        if before // args.save_every < now // args.save_every:
             save()
         bar.update(steps)
         bar.set_postfix_str(f"SPS {means['charts/SPS']:.0f}, win rate {win_rate:.2f}, greedy {greedy_win_rate:.2f}")
