@@ -121,20 +121,24 @@ class Args:
     """CPU threads of PyTorch; by default all cores"""
 
 
-# Table 7: agent blocks, epochs, lambda, epsilon. A map that is not in it gets the settings of 3s5z.
+def table_7(agent_blocks, update_epochs, gae_lambda, clip_coef):
+    return locals()
+
+
+# Table 7. The blocks are for the algorithms that update agents one after the other. Other maps: as 3s5z.
 TABLE_7 = {
-    "MMM": (3, 12, 0.95, 0.2),
-    "3s_vs_5z": (3, 15, 0.95, 0.05),
-    "2c_vs_64zg": (2, 5, 0.95, 0.2),
-    "3s5z": (3, 8, 0.95, 0.2),
-    "5m_vs_6m": (2, 10, 0.93, 0.05),
-    "8m_vs_9m": (5, 15, 0.95, 0.05),
-    "10m_vs_11m": (2, 10, 0.97, 0.2),
-    "6h_vs_8z": (2, 8, 0.99, 0.2),
-    "3s5z_vs_3s6z": (2, 5, 0.90, 0.2),
-    "MMM2": (2, 5, 0.95, 0.2),
-    "27m_vs_30m": (3, 5, 0.95, 0.2),
-    "corridor": (2, 5, 0.95, 0.2),
+    "MMM": table_7(3, 12, 0.95, 0.2),
+    "3s_vs_5z": table_7(3, 15, 0.95, 0.05),
+    "2c_vs_64zg": table_7(2, 5, 0.95, 0.2),
+    "3s5z": table_7(3, 8, 0.95, 0.2),
+    "5m_vs_6m": table_7(2, 10, 0.93, 0.05),
+    "8m_vs_9m": table_7(5, 15, 0.95, 0.05),
+    "10m_vs_11m": table_7(2, 10, 0.97, 0.2),
+    "6h_vs_8z": table_7(2, 8, 0.99, 0.2),
+    "3s5z_vs_3s6z": table_7(2, 5, 0.90, 0.2),
+    "MMM2": table_7(2, 5, 0.95, 0.2),
+    "27m_vs_30m": table_7(3, 5, 0.95, 0.2),
+    "corridor": table_7(2, 5, 0.95, 0.2),
 }
 
 
@@ -718,34 +722,25 @@ def parse_args(argv=None) -> Args:
 
 def complete_args(args: Args) -> Args:
     """Fill in what depends on the map, the simulator and the machine, and check what can be checked without them."""
-    blocks, epochs, gae_lambda, clip_coef = TABLE_7.get(args.map, TABLE_7["3s5z"])
     num_envs = args.num_envs if args.num_envs is not None else 64 if args.simulator == "smax" else 8
-    defaults = {
+    defaults = TABLE_7.get(args.map, TABLE_7["3s5z"]) | {
         "num_envs": num_envs,
         "num_steps": max(1, 3200 // max(1, num_envs) // max(1, args.chunk_length)) * args.chunk_length,
-        "agent_blocks": blocks,
-        "update_epochs": epochs,
-        "gae_lambda": gae_lambda,
-        "clip_coef": clip_coef,
         "torch_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    at_least_1 = (
-        "total_timesteps num_envs num_steps update_epochs agent_blocks chunk_length hidden_size eval_every "
-        "eval_episodes save_every torch_threads"
-    )
-    above_0 = "learning_rate clip_coef huber_delta max_grad_norm"
-    within_0_1 = "gamma gae_lambda clip_adaptation"
-    for names, allowed, good in (
-        (at_least_1, "must be at least 1", lambda v: v >= 1),
-        (above_0, "must be a number above 0", lambda v: 0 < v < math.inf),
-        (within_0_1, "must be within 0 and 1", lambda v: 0 <= v <= 1),
-        ("ent_coef", "must be a number of at least 0", lambda v: 0 <= v < math.inf),
-        ("seed", "must be within 0 and 2147483", lambda v: 0 <= v <= 2147483),
-    ):
-        for name in names.split():
-            if not good(getattr(args, name)):
-                usage_error(f"--{name.replace('_', '-')}", getattr(args, name), allowed)
+    missing = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
+    args = dataclasses.replace(args, **{name: defaults[name] for name in missing})
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "seed":
+            if not 0 <= value <= 2147483:
+                usage_error(option, value, "must be within 0 and 2147483")
+        elif type(value) is int and value < 1:
+            usage_error(option, value, "must be at least 1")
+        elif name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
+            usage_error(option, value, "must be within 0 and 1")
+        elif type(value) is float and not 0 <= value < math.inf:
+            usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:
         usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
     if args.num_steps % args.chunk_length:
@@ -759,7 +754,6 @@ def main(args: Args):
     print(f"simulator: {simulator} ({reason})")
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    order_generator = torch.Generator().manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     envs = make_envs(simulator, args.map, args.num_envs, args.seed)
@@ -768,6 +762,8 @@ def main(args: Args):
     n_actions, H, L = int(envs.single_action_space.nvec[0]), args.hidden_size, args.chunk_length
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be at most {n}, the number of agents on {args.map}")
+    if not 0 <= args.clip_adaptation <= 1:
+        usage_error("--clip-adaptation", args.clip_adaptation, "must be within 0 and 1")
 
     actor = RecurrentNetwork(obs_dim, n_actions, H, gain=0.01).to(device)
     critic = RecurrentNetwork(state_dim + obs_dim, 1, H, gain=1.0).to(device)
@@ -840,7 +836,6 @@ def main(args: Args):
     if checkpoint:
         progress = checkpoint["progress"]
         torch.set_rng_state(checkpoint["rng"])
-        order_generator.set_state(checkpoint["order_rng"])
         if device.type == "cuda" and "cuda_rng" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
     if checkpoint and checkpoint["envs"] is not None:
@@ -862,7 +857,7 @@ def main(args: Args):
         contents = {name: part.state_dict() for name, part in learned.items()}
         contents |= {"args": dataclasses.asdict(args) | {"resume": ""}}
         contents |= {"script": Path(__file__).stem, "progress": progress, "rng": torch.get_rng_state()}
-        contents |= {"order_rng": order_generator.get_state(), "envs": envs.get_state(), "hidden": hidden}
+        contents |= {"envs": envs.get_state(), "hidden": hidden}
         contents |= {"next_obs": {name: torch.from_numpy(np.array(value)) for name, value in next_obs.items()}}
         contents |= {"episode": [next_start, next_final, episode_return, episode_length]}
         if device.type == "cuda":
@@ -934,7 +929,7 @@ def main(args: Args):
         steps = int((1 - final[:-1]).sum())
         rollout_seconds = time.perf_counter() - rollout_begin
 
-        # ------------------------------------------------------------------------- update, agent block by agent block
+        # --------------------------------------------------------------------------------------------------- update
         update_begin = time.perf_counter()
         trace = (rewards, values, terminated, done)
         advantages = preopc_advantages(*trace, torch.ones_like(done), args.gamma, args.gae_lambda)  # under pi: GAE
@@ -942,8 +937,6 @@ def main(args: Args):
         normalizer.update(returns[sample.bool()])
         old_values = normalizer.normalize(values[:-1])
         explained = 1 - (advantages[sample.bool()].var() / returns[sample.bool()].var())
-        scores = (advantages.abs() * sample).sum((0, 1)) / sample.sum((0, 1)).clamp(min=1)
-        order = agent_order(scores.cpu(), args.agent_order, order_generator)
 
         # Sequences for truncated back-propagation, without those that hold no sample; `rows % n` are their agents.
         rows = sample.unflatten(0, (-1, L)).any(1).flatten().nonzero().squeeze(-1)
@@ -954,63 +947,66 @@ def main(args: Args):
         sequences["actor_hidden"] = actor_hidden.flatten(0, 2)[rows]
         sequences["critic_hidden"] = critic_hidden.flatten(0, 2)[rows]
 
-        metrics = []
+        # The order of the agents by E|A_i| under pi, and its blocks; ceil(P / blocks) times through them (Algorithm 2).
+        scores = (advantages.abs() * sample).sum((0, 1)) / sample.sum((0, 1)).clamp(min=1)
+        order = agent_order(scores.cpu(), args.agent_order, torch.default_generator)
         blocks = torch.tensor(order, device=device).tensor_split(args.agent_blocks)
-        for _ in range(math.ceil(args.update_epochs / len(blocks))):
-            for position, block in enumerate(blocks, 1):
-                # The parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
-                in_block = torch.isin(rows % n, block)
-                own, others = in_block.nonzero().squeeze(-1), (~in_block).nonzero().squeeze(-1)
-                weight = sequences["sample"][:, own]
-                new_log_probs, entropy = sequence_policy(policy_update, sequences, own)
-                log_ratio = ((new_log_probs - sequences["log_probs"][:, own]) * weight).clamp(-20, 20)
-                all_log_ratios = torch.zeros_like(sequences["log_probs"])
-                all_log_ratios[:, own] = log_ratio.detach()
-                with torch.no_grad():
-                    others_log_probs, _ = sequence_policy(policy_update, sequences, others)
-                    others_log_ratio = others_log_probs - sequences["log_probs"][:, others]
-                    all_log_ratios[:, others] = others_log_ratio * sequences["sample"][:, others]
-                joint_log_ratio = from_sequences(all_log_ratios, rows, sample.shape).sum(-1)
+        metrics = []
+        for position, block in list(enumerate(blocks, 1)) * math.ceil(args.update_epochs / len(blocks)):
+            in_block = torch.isin(rows % n, block)
+            columns, others = in_block.nonzero().squeeze(-1), (~in_block).nonzero().squeeze(-1)
+            weight = sequences["sample"][:, columns]
+            new_log_probs, entropy = sequence_policy(policy_update, sequences, columns)
+            log_ratio = ((new_log_probs - sequences["log_probs"][:, columns]) * weight).clamp(-20, 20)
+            ratio = log_ratio.exp()
 
-                # Eq. (2): the block's advantages, corrected for all policies that have changed.
-                joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else torch.ones_like(done)
-                advantages = preopc_advantages(*trace, joint_ratio, args.gamma, args.gae_lambda)
-                targets = to_sequences(normalizer.normalize(advantages + values[:-1]), L, rows[own])
-                advantages = normalize_advantages(to_sequences(advantages, L, rows[own]), weight)
+            # The parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
+            with torch.no_grad():
+                others_log_probs, _ = sequence_policy(policy_update, sequences, others)
+                others_log_ratio = others_log_probs - sequences["log_probs"][:, others]
+                log_ratios = torch.cat([log_ratio, others_log_ratio * sequences["sample"][:, others]], 1)
+                joint_log_ratio = from_sequences(log_ratios, rows[torch.cat([columns, others])], sample.shape).sum(-1)
 
-                # Eq. (6) with the clip of this position; the preceding agents are everyone but i.
-                clip_coef = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
-                joint_log_ratio = to_sequences(joint_log_ratio.unsqueeze(-1).expand(-1, -1, n), L, rows[own])
-                ratio, preceding_ratio = log_ratio.exp(), (joint_log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
-                surrogate = clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef)
-                policy_loss, entropy = -masked_mean(surrogate, weight), masked_mean(entropy, weight)
-                new_values, _ = value_update(
-                    sequences["critic_inputs"].index_select(1, own),
-                    sequences["critic_hidden"][own],
-                    sequences["start"][:, own],
-                )
-                old = sequences["old_values"][:, own]
-                losses = value_loss(new_values.squeeze(-1), old, targets, args.clip_coef, args.huber_delta)
-                critic_loss = masked_mean(losses, weight)
+            # Eq. (2): the block's advantages, corrected for all policies that have changed.
+            joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else torch.ones_like(done)
+            advantages = preopc_advantages(*trace, joint_ratio, args.gamma, args.gae_lambda)
+            returns = advantages + values[:-1]
 
-                actor_optimizer.zero_grad()
-                critic_optimizer.zero_grad()
-                (policy_loss - args.ent_coef * entropy + critic_loss).backward()
-                nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                actor_optimizer.step()
-                critic_optimizer.step()
+            # Eq. (6) with the clip of this position; the preceding agents are everyone but i.
+            clip_coef = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
+            joint_log_ratio = to_sequences(joint_log_ratio.unsqueeze(-1).expand(-1, -1, n), L, rows[columns])
+            preceding_ratio = (joint_log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
+            advantage = normalize_advantages(to_sequences(advantages, L, rows[columns]), weight)
+            surrogate = clipped_surrogate(ratio, preceding_ratio, advantage, clip_coef)
+            policy_loss, entropy = -masked_mean(surrogate, weight), masked_mean(entropy, weight)
+            targets = to_sequences(normalizer.normalize(returns), L, rows[columns])
+            new_values, _ = value_update(
+                sequences["critic_inputs"].index_select(1, columns),
+                sequences["critic_hidden"][columns],
+                sequences["start"][:, columns],
+            )
+            old = sequences["old_values"][:, columns]
+            losses = value_loss(new_values.squeeze(-1), old, targets, args.clip_coef, args.huber_delta)
+            critic_loss = masked_mean(losses, weight)
 
-                with torch.no_grad():
-                    preceding = preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
-                    clipped = masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), weight)
-                    update = {"losses/policy_loss": policy_loss, "losses/value_loss": critic_loss}
-                    update |= {"losses/entropy": entropy, "losses/clipfrac": clipped}
-                    update["losses/approx_kl"] = masked_mean(ratio - 1 - log_ratio, weight)
-                    place = f"a2po/position_{position}"
-                    update |= {f"{place}/clipfrac": clipped, f"{place}/ratio": masked_mean(ratio, weight)}
-                    update[f"{place}/preceding_clipfrac"] = masked_mean((preceding != preceding_ratio).float(), weight)
-                    metrics.append(update)
+            actor_optimizer.zero_grad()
+            critic_optimizer.zero_grad()
+            (policy_loss - args.ent_coef * entropy + critic_loss).backward()
+            nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            actor_optimizer.step()
+            critic_optimizer.step()
+
+            with torch.no_grad():
+                preceding = preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+                clipped = masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), weight)
+                update = {"losses/policy_loss": policy_loss, "losses/value_loss": critic_loss}
+                update |= {"losses/entropy": entropy, "losses/clipfrac": clipped}
+                update["losses/approx_kl"] = masked_mean(ratio - 1 - log_ratio, weight)
+                place = f"a2po/position_{position}"
+                update |= {f"{place}/clipfrac": clipped, f"{place}/ratio": masked_mean(ratio, weight)}
+                update[f"{place}/preceding_clipfrac"] = masked_mean((preceding != preceding_ratio).float(), weight)
+                metrics.append(update)
         names = list(dict.fromkeys(name for update in metrics for name in update))
         means = {name: torch.stack([m[name].detach() for m in metrics if name in m]).mean() for name in names}
         means = dict(zip(names, torch.stack(list(means.values())).tolist(), strict=True))
@@ -1018,7 +1014,7 @@ def main(args: Args):
         if not all(math.isfinite(value) for value in means.values()):
             sys.exit(f"iteration {progress['iteration'] + 1}: a loss is not finite; the last checkpoint is as it was")
 
-        # --------------------------------------------------------------------------------- log, evaluate, save
+        # ------------------------------------------------------------------------------------- log, evaluate, save
         progress["iteration"] += 1
         progress["global_step"] += steps
         progress["seconds"] = time.perf_counter() - begin
