@@ -60,14 +60,14 @@ class Args:
     seed: int = 1
     """seed of the networks, the sampling and the simulator"""
     total_timesteps: int = 10_000_000
-    """environment steps of the run (paper: 10M); a step of all agents counts once"""
+    """environment steps of the run (the authors' setting for most maps); a step of all agents counts once"""
     num_envs: int | None = None
     """environments stepped at once; by default 64 for SMAX and 8 games for StarCraft II"""
     num_steps: int | None = None
-    """steps of each environment per iteration; by default what makes 3,200 in all (paper)"""
+    """steps of each environment per iteration; by default what makes 3,200 in all (MAPPO default)"""
 
     learning_rate: float = 5e-4
-    """of actor and critic (Table 7's text)"""
+    """of actor and critic (MAPPO default)"""
     gamma: float = 0.99
     """discount factor (MAPPO default)"""
     gae_lambda: float | None = None
@@ -87,9 +87,9 @@ class Args:
     clip_adaptation: float = 0.5
     """c of the adaptive clip (appendix B.4); 1 switches it off"""
     chunk_length: int = 10
-    """steps of back-propagation through time (Table 7's text)"""
+    """steps of back-propagation through time (MAPPO default)"""
     ent_coef: float = 0.01
-    """weight of the entropy bonus (Table 7's text)"""
+    """weight of the entropy bonus (MAPPO default)"""
     huber_delta: float = 10.0
     """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
     max_grad_norm: float = 10.0
@@ -100,7 +100,7 @@ class Args:
     eval_every: int = 50_000
     """environment steps between evaluations"""
     eval_episodes: int = 32
-    """greedy episodes per evaluation (paper: 32)"""
+    """greedy episodes per evaluation (MAPPO default)"""
     save_every: int = 100_000
     """environment steps between checkpoints"""
     resume: str = ""
@@ -970,7 +970,7 @@ def main(args: Args):
             # Eq. (2): the block's advantages, corrected for all policies that have changed.
             joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else torch.ones_like(done)
             advantages = preopc_advantages(*trace, joint_ratio, args.gamma, args.gae_lambda)
-            returns = advantages + values[:-1]
+            returns = advantages + values[:-1]  # targets of the value
 
             # Eq. (6) with the clip of this position; the preceding agents are everyone but i.
             clip_coef = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)

@@ -60,14 +60,14 @@ class Args:
     seed: int = 1
     """seed of the networks, the sampling and the simulator"""
     total_timesteps: int = 10_000_000
-    """environment steps of the run (paper: 10M); a step of all agents counts once"""
+    """environment steps of the run (the authors' setting for most maps); a step of all agents counts once"""
     num_envs: int | None = None
     """environments stepped at once; by default 64 for SMAX and 8 games for StarCraft II"""
     num_steps: int | None = None
-    """steps of each environment per iteration; by default what makes 3,200 in all (paper)"""
+    """steps of each environment per iteration; by default what makes 3,200 in all (MAPPO default)"""
 
     learning_rate: float = 5e-4
-    """of actor and critic (Table 7's text)"""
+    """of actor and critic (MAPPO default)"""
     gamma: float = 0.99
     """discount factor (MAPPO default)"""
     gae_lambda: float | None = None
@@ -77,9 +77,9 @@ class Args:
     update_epochs: int | None = None
     """P, passes over the rollout (Table 7 by map)"""
     chunk_length: int = 10
-    """steps of back-propagation through time (Table 7's text)"""
+    """steps of back-propagation through time (MAPPO default)"""
     ent_coef: float = 0.01
-    """weight of the entropy bonus (Table 7's text)"""
+    """weight of the entropy bonus (MAPPO default)"""
     huber_delta: float = 10.0
     """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
     max_grad_norm: float = 10.0
@@ -90,7 +90,7 @@ class Args:
     eval_every: int = 50_000
     """environment steps between evaluations"""
     eval_episodes: int = 32
-    """greedy episodes per evaluation (paper: 32)"""
+    """greedy episodes per evaluation (MAPPO default)"""
     save_every: int = 100_000
     """environment steps between checkpoints"""
     resume: str = ""
