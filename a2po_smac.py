@@ -426,8 +426,8 @@ class StarCraft2(gym.Env):
                 warnings.warn(f"StarCraft II did not close: {error!r}", stacklevel=2)
 
 
-class GameDied(RuntimeError):
-    """A game's process is gone, or its game failed too often."""
+class GameDied(SystemExit):
+    """A game's process is gone, or its game failed too often. Not caught, it ends the program with its one line."""
 
 
 class StarCraft2Games(gym.vector.AsyncVectorEnv):
