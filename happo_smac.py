@@ -651,7 +651,8 @@ def read_checkpoint(path: Path, option: str) -> dict:
     """A checkpoint of one of the SMAC scripts; anything else is an error in `option`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"]["map"], checkpoint["script"], checkpoint["actor"]
+        if not isinstance(checkpoint, dict) or not {"args", "script", "actor"} <= set(checkpoint):
+            raise ValueError("other contents")
     except FileNotFoundError:
         usage_error(option, path, "no such file")
     except Exception:
@@ -692,7 +693,7 @@ def complete_args(args: Args) -> Args:
     num_envs = args.num_envs if args.num_envs is not None else 64 if args.simulator == "smax" else 8
     defaults = TABLE_7.get(args.map, TABLE_7["3s5z"]) | {
         "num_envs": num_envs,
-        "num_steps": max(1, 3200 // max(1, num_envs) // max(1, args.chunk_length)) * args.chunk_length,
+        "num_steps": max(1, 3200 // max(1, num_envs) // max(1, args.chunk_length)) * max(1, args.chunk_length),
         "torch_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     missing = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
@@ -950,8 +951,8 @@ def main(args: Args):
             actor_optimizer.zero_grad()
             critic_optimizer.zero_grad()
             (policy_loss - args.ent_coef * entropy + critic_loss).backward()
-            nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
             actor_optimizer.step()
             critic_optimizer.step()
 
@@ -959,6 +960,7 @@ def main(args: Args):
                 clipped = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), weight)
                 update = {"losses/policy_loss": policy_loss, "losses/value_loss": critic_loss}
                 update |= {"losses/entropy": entropy, "losses/clipfrac": clipped}
+                update |= {"losses/actor_grad_norm": actor_norm, "losses/critic_grad_norm": critic_norm}
                 update["losses/approx_kl"] = masked_mean(ratio - 1 - log_ratio, weight)
                 metrics.append(update)
         names = list(dict.fromkeys(name for update in metrics for name in update))
@@ -966,7 +968,8 @@ def main(args: Args):
         means = dict(zip(names, torch.stack(list(means.values())).tolist(), strict=True))
         update_seconds = time.perf_counter() - update_begin
         if not all(math.isfinite(value) for value in means.values()):
-            sys.exit(f"iteration {progress['iteration'] + 1}: a loss is not finite; the last checkpoint is as it was")
+            number = progress["iteration"] + 1
+            sys.exit(f"iteration {number}: a loss or gradient is not finite; the last checkpoint is as it was")
 
         # ------------------------------------------------------------------------------------- log, evaluate, save
         progress["iteration"] += 1
