@@ -836,8 +836,8 @@ def main(args: Args):
         signal.signal(number, signal.SIG_DFL)
 
     old_handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    policy_update = torch.compile(actor) if args.compile else actor
-    value_update = torch.compile(critic) if args.compile else critic
+    policy_update = torch.compile(actor, dynamic=True) if args.compile else actor
+    value_update = torch.compile(critic, dynamic=True) if args.compile else critic
     bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step", unit_scale=True)
     recent_wins, recent_returns, recent_lengths, win_rate, greedy_win_rate = [], [], [], math.nan, math.nan
     begin = time.perf_counter() - progress["seconds"]
