@@ -404,6 +404,16 @@ def test_training_on_the_double(double, tmp_path, monkeypatch):
     assert json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["step"] >= 100
 
 
+@pytest.mark.filterwarnings("ignore:StarCraft II")
+def test_a_crash_is_no_sample(double, tmp_path, monkeypatch):
+    """Ten steps of each game: one, the crash, the filler, a win of three, the filler, three more: seven samples."""
+    double.plan = ["breaks"]
+    train(tmp_path, monkeypatch, total_timesteps=10, eval_every=10**6)
+    (run,) = (tmp_path / "runs").iterdir()
+    checkpoint = a2po_smac.read_checkpoint(run / "checkpoint.pt", "--resume")
+    assert checkpoint["progress"]["global_step"] == 2 * 7
+
+
 def test_training_ends_with_a_checkpoint_when_a_worker_dies(double, tmp_path, monkeypatch):
     steps = {"left": 25}
     step = StarCraft2Games.step
