@@ -641,7 +641,7 @@ def usage_error(option: str, value, allowed: str):
 
 
 def read_checkpoint(path: Path, option: str) -> dict:
-    """A checkpoint of one of the SMAC scripts; anything else is an error in `option`."""
+    """A checkpoint of one of these scripts; anything else is an error in `option`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not {"args", "script", "actor"} <= set(checkpoint):
@@ -691,6 +691,14 @@ def complete_args(args: Args) -> Args:
     }
     missing = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
     args = dataclasses.replace(args, **{name: defaults[name] for name in missing})
+    check_args(args)
+    if args.num_steps % args.chunk_length:
+        usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
+    return args
+
+
+def check_args(args: Args):
+    """What holds for all options of a kind."""
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         if name == "seed":
@@ -698,15 +706,12 @@ def complete_args(args: Args) -> Args:
                 usage_error(option, value, "must be within 0 and 2147483")
         elif type(value) is int and value < 1:
             usage_error(option, value, "must be at least 1")
-        elif name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
+        elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:
         usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
-    if args.num_steps % args.chunk_length:
-        usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
-    return args
 
 
 def main(args: Args):
@@ -803,7 +808,8 @@ def main(args: Args):
         next_obs, _ = envs.reset(seed=None if simulator == "starcraft2" else args.seed)
     eval_file = run_dir / "eval.jsonl"
     if args.resume and eval_file.exists():  # evaluations after the checkpoint will be done again
-        kept = [r for r in eval_file.read_text().splitlines() if json.loads(r)["step"] <= progress["global_step"]]
+        lines = [r for r in eval_file.read_text().splitlines() if r.endswith("}")]  # not one that was cut off
+        kept = [r for r in lines if json.loads(r)["step"] <= progress["global_step"]]
         eval_file.write_text("".join(f"{r}\n" for r in kept))
     writer = SummaryWriter(run_dir, purge_step=progress["global_step"] + 1 if checkpoint else None)
     if not checkpoint:

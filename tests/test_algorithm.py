@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-A2PO_SCRIPTS = ["a2po_smac"]
+A2PO_SCRIPTS = ["a2po_smac", "a2po_mamujoco", "a2po_mpe", "a2po_grf"]
 BASELINES = ["mappo_smac", "coppo_smac", "happo_smac"]
 RULES = ["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"]
 DRAWN_RULES = ["semi-greedy", "random", "reverse-semi-greedy"]

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 UPDATE = re.compile(r" *# -+ update\n(.*?)(?= *# -+ log, evaluate, save\n)", re.DOTALL)
-DIFF = re.compile(r"(<!-- update diff -->\n```diff\n).*?(\n```\n)", re.DOTALL)
+DIFF = re.compile(r"(<!-- update diff -->\n```diff\n)(?:(?!```).*\n)*(```\n)")
 # [`name`](script.py#L1) points to a definition, [`some text`](script.py#L1) to the one line that holds this text.
+# TensorBoard's, tyro's, pip's, and those of benchmark/.
+OTHER_OPTIONS = {"logdir", "help", "no-build-isolation"}
+OTHER_OPTIONS |= {"out", "real", "options", "iterations", "warmup", "seconds", "turns", "reference", "reference-label"}
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")
 
 
@@ -33,7 +37,7 @@ def line_of(text: str, script: str) -> int:
 
 
 def updated(readme: str) -> str:
-    readme = DIFF.sub(lambda m: m[1] + update_diff() + m[2], readme)
+    readme = DIFF.sub(lambda m: m[1] + update_diff() + "\n" + m[2], readme)
     return LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[1], m[2])})", readme)
 
 
@@ -47,13 +51,36 @@ def test_diff_is_short_enough_to_be_read():
     assert 20 < len(update_diff().splitlines()) <= 60
 
 
-def test_options_exist():
-    """Every --option in the README is one of A2PO's."""
-    import a2po_smac
+def options() -> set[str]:
+    """The options of all scripts, --no-… included."""
+    names = set()
+    for path in ROOT.glob("*_*.py"):
+        for name, kind in importlib.import_module(path.stem).Args.__annotations__.items():
+            option = name.replace("_", "-")
+            names |= {option, f"no-{option}"} if kind is bool else {option}
+    return names
 
-    fields = {name.replace("_", "-") for name in a2po_smac.Args.__annotations__} | {"no-preopc", "no-cuda"}
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", README.read_text()))
-    assert named - fields <= {"logdir", "out"}  # TensorBoard's and benchmark/curves.py's
+
+def test_options_exist():
+    """Every --option in the README is one of a script's, and every one of theirs is in the table of options."""
+    readme = README.read_text()
+    named = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
+    assert set(named.findall(readme)) - options() <= OTHER_OPTIONS
+    table = readme[readme.index("\n## Options") : readme.index("\n## Implementation details")]
+    shown = {name.removeprefix("no-") for name in named.findall(table)}
+    assert {name.removeprefix("no-") for name in options()} == shown - {"help"}
+
+
+def test_sections():
+    """What a reader looks for is there, and its details are numbered."""
+    readme = README.read_text()
+    found = re.findall(r"^## (.*)$", readme, re.MULTILINE)
+    wanted = ["Start", "It learns", "It is fast", "From the paper to the code", "From MAPPO to A2PO, step by step"]
+    assert found[:7] == [*wanted, "Options", "Implementation details"] and found[-1] == "Limits"
+    assert {"StarCraft II", "MPE", "Google Research Football", "Multi-agent MuJoCo"} <= set(found)
+    details = readme[readme.index("\n## Implementation details") :]
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", details, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 37
 
 
 def test_linked_files_exist():
