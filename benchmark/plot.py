@@ -1,0 +1,561 @@
+"""Tables and figures of runs: learning curves, sample efficiency, probability of improvement, the paper's table.
+
+    python benchmark/plot.py benchmark/results/smax-3s5z --out curves.png curves.svg
+    python benchmark/plot.py runs --statistic iqm --out curves.png --efficiency efficiency.svg --table table.md
+
+What it reads: run directories (`runs/{task}__{script}__{seed}__{time}/` with an eval.jsonl), folders with files
+`{script}__{seed}.jsonl` of one task, which is called as the folder (`benchmark/run.py --collect` writes them), and
+folders of either. The score of a run is the median of its last ten evaluations, a table's cell the median (standard
+deviation, n - 1 in the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified
+bootstrap intervals (rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean.
+"""
+
+import collections
+import itertools
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+
+@dataclass
+class Args:
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories, {script}__{seed}.jsonl files, or folders with either"""
+    out: tuple[Path, ...] = ()
+    """learning curves, a panel per task: files to write, .png or .svg"""
+    efficiency: tuple[Path, ...] = ()
+    """sample efficiency, the IQM over tasks and seeds at every step: files to write, .png or .svg"""
+    improvement: tuple[Path, ...] = ()
+    """probability that a run of one algorithm scores better than one of another: files to write, .png or .svg"""
+    table: Path | None = None
+    """Markdown file for the tables, which are printed in any case"""
+    tasks: tuple[str, ...] = ()
+    """only these tasks, in this order"""
+    algorithms: tuple[str, ...] = ()
+    """only these algorithms, such as a2po_smac or a2po_smac-no-preopc, in this order"""
+    metric: Literal["auto", "win_rate", "episodic_return"] = "auto"
+    """what counts; auto takes the win rate of tasks that have one, else the return"""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """middle of the learning curves over the seeds"""
+    title: str = ""
+    """title of the figures"""
+    reference: float | None = None
+    """a horizontal line in the learning curves of a single task, such as a random policy's return"""
+    reference_label: str = "reference"
+    """its name"""
+    reach: float = 0.9
+    """the win rate for which the table of runs tells the first evaluation that reached it"""
+    reps: int = 2000
+    """bootstrap resamplings"""
+    seed: int = 0
+    """seed of the resampling"""
+
+
+METRICS = {"win_rate": "greedy win rate", "episodic_return": "greedy episodic return"}
+GRID_POINTS = 200
+# Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
+COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass
+class Run:
+    task: str
+    algorithm: str
+    """script and what sets it apart from the script's defaults, such as a2po_smac-no-preopc"""
+    seed: int
+    path: Path
+    records: list[dict]
+    """the evaluations by step"""
+
+    def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        steps = np.array([record["step"] for record in self.records], float)
+        return steps, np.array([value_of(record, metric) for record in self.records], float)
+
+    def score(self, metric: str) -> float:
+        return float(np.median(self.curve(metric)[1][-10:]))
+
+
+Runs = dict[str, dict[str, list[Run]]]  # task -> algorithm -> runs
+
+
+def usage_error(what, why: str):
+    """One line; exit status 2."""
+    print(f"plot.py: error: {what}: {why}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(what, why: str):
+    print(f"plot.py: warning: {what}: {why}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+def value_of(record: dict, metric: str) -> float | None:
+    """A metric of an evaluation; the return is that of its episodes where it is not written down itself."""
+    if metric == "episodic_return" and metric not in record and record.get("returns"):
+        return float(np.mean(record["returns"]))
+    return record.get(metric)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of an eval.jsonl by step. A last line that was cut off is left out, with a warning."""
+    lines, records = path.read_text(errors="replace").splitlines(), {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                usage_error(f"{path}:{number}", "is not a line of JSON")
+            warn(f"{path}:{number}", "the last line is cut off and left out")
+            continue
+        values = [value_of(record, metric) for metric in METRICS] if isinstance(record, dict) else []
+        values = [value for value in values if value is not None]
+        numbers = [record.get("step"), *values] if values else []
+        if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            usage_error(f"{path}:{number}", "must have a step and a win_rate or an episodic_return, all finite numbers")
+        records[record["step"]] = record  # of two evaluations at one step, the later one
+    return [records[step] for step in sorted(records)]
+
+
+def variant(config: dict) -> str:
+    """What an ablation is called, by the settings of its run: `` for none, else such as -no-preopc or -random."""
+    name = "" if config.get("preopc", True) else "-no-preopc"
+    name += "-fixed-clip" if config.get("clip_adaptation", 0.5) == 1 else ""
+    return name + (f"-{config['agent_order']}" if config.get("agent_order", "semi-greedy") != "semi-greedy" else "")
+
+
+def read_run(path: Path) -> Run | None:
+    """The run of an eval.jsonl or a {script}__{seed}.jsonl; None, with a warning, if there is nothing in it."""
+    parts, config = path.stem.split("__"), {}
+    if path.name == "eval.jsonl":
+        directory = path.resolve().parent.name
+        if len(directory.split("__")) != 4:
+            usage_error(path, "its directory must be called {task}__{script}__{seed}__{time}")
+        task, script, seed, _ = directory.split("__")
+        try:
+            config = json.loads((path.parent / "config.json").read_text())
+        except (OSError, ValueError):
+            warn(path.parent, "has no readable config.json, it is taken for a run with the default settings")
+        algorithm = script + variant(config)
+    elif len(parts) == 2 and all(parts):
+        task, (algorithm, seed) = path.resolve().parent.name, parts
+    else:
+        usage_error(path, "must be called {script}__{seed}.jsonl, or eval.jsonl in a run directory")
+    if not seed.isdecimal():
+        usage_error(path, f"its seed {seed} is no number")
+    records = read_records(path)
+    if not records:
+        warn(path, "has no evaluation and is left out")
+        return None
+    return Run(task, algorithm, int(seed), path, records)
+
+
+def find_files(path: Path) -> list[Path]:
+    """All evaluations in a file or folder."""
+    if not path.exists():
+        usage_error(path, "no such file or folder")
+    if path.is_file():
+        return [path]
+    files = sorted([*path.rglob("eval.jsonl"), *path.rglob("*__*.jsonl")])
+    if not files:
+        usage_error(path, "has neither a run directory with an eval.jsonl nor a {script}__{seed}.jsonl in it")
+    return files
+
+
+def read(paths, tasks=(), algorithms=()) -> Runs:
+    """Task -> algorithm -> its runs by seed."""
+    files = list(dict.fromkeys(file for path in paths for file in find_files(path)))
+    found = {}
+    for run in filter(None, map(read_run, files)):
+        if (tasks and run.task not in tasks) or (algorithms and run.algorithm not in algorithms):
+            continue
+        key = run.task, run.algorithm, run.seed
+        if key in found:
+            further, other = sorted((found[key], run), key=lambda r: (r.records[-1]["step"], r.path.name))[::-1]
+            warn(
+                other.path,
+                f"is left out: {further.path} has the same task, algorithm and seed, and is further or newer",
+            )
+            run = further
+        found[key] = run
+    if not found:
+        usage_error(" ".join(map(str, paths)), "no run with an evaluation" + (" of those asked for" if files else ""))
+    for name, wanted, place in (("--tasks", tasks, 0), ("--algorithms", algorithms, 1)):
+        there = {key[place] for key in found}
+        if set(wanted) - there:
+            usage_error(f"{name} {' '.join(sorted(set(wanted) - there))}", f"not among {', '.join(sorted(there))}")
+    runs = collections.defaultdict(lambda: collections.defaultdict(list))
+    places = {name: place for wanted in (tasks, algorithms) for place, name in enumerate(wanted)}
+    for task, algorithm, seed in sorted(found, key=lambda k: (places.get(k[0], 0), k[0], places.get(k[1], 0), *k[1:])):
+        runs[task][algorithm].append(found[task, algorithm, seed])
+    return runs
+
+
+def choose_metrics(runs: Runs, metric: str) -> dict[str, str]:
+    """The metric of every task: one that all of its evaluations have."""
+    chosen = {}
+    for task, algorithms in runs.items():
+        records = [record for some in algorithms.values() for run in some for record in run.records]
+        there = [name for name in METRICS if all(value_of(record, name) is not None for record in records)]
+        if not there or metric not in ("auto", *there):
+            usage_error(task, f"not all of its evaluations have {'the same metric' if metric == 'auto' else metric}")
+        chosen[task] = there[0] if metric == "auto" else metric
+    return chosen
+
+
+def check(runs: Runs):
+    """Say what a reader of the figures should know."""
+    longest = {task: max(r.records[-1]["step"] for some in by.values() for r in some) for task, by in runs.items()}
+    for run in (run for by in runs.values() for some in by.values() for run in some):
+        if run.records[-1]["step"] < 0.95 * longest[run.task]:
+            warn(run.path, f"ends at step {run.records[-1]['step']}, others of {run.task} at {longest[run.task]}")
+        if len(run.records) < 10:
+            warn(run.path, f"has {len(run.records)} evaluations, its score is the median of those")
+    single = [f"{task} {name}" for task, by in runs.items() for name, some in by.items() if len(some) == 1]
+    if single:
+        warn(", ".join(single), "one seed, therefore no interval and no standard deviation")
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+def iqm(values: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the first axis: without the lowest and the highest quarter, rounded down."""
+    cut = len(values) // 4
+    return np.sort(values, 0)[cut : len(values) - cut].mean(0)
+
+
+def common_grid(curves) -> np.ndarray:
+    """Steps that all curves (steps, values) span."""
+    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    return np.linspace(first, last, GRID_POINTS) if first < last else np.array([min(first, last)])
+
+
+def on_grid(curves, grid) -> np.ndarray:
+    """(curves, grid points), interpolated linearly."""
+    return np.array([np.interp(grid, steps, values) for steps, values in curves])
+
+
+def intervals(scores, statistic, args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95% stratified bootstrap interval of statistic(scores).
+
+    scores (runs, tasks) or (runs, tasks, points), or two of them for a comparison; the runs of each task are drawn
+    for themselves.
+    """
+    try:
+        from rliable import library
+    except ImportError as error:
+        usage_error("rliable", f"{error}; pip install -r benchmark/requirements.txt")
+    state = np.random.get_state()
+    np.random.seed(args.seed)  # rliable draws from NumPy's global generator, whatever its random_state is
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # arch's, on resamples that are all the same
+        _, ends = library.get_interval_estimates({"": scores}, statistic, reps=args.reps)
+    np.random.set_state(state)
+    return ends[""][0], ends[""][1]
+
+
+def middle_of(values: np.ndarray, statistic: str) -> np.ndarray:
+    """values (runs, tasks, ...) -> (...): mean or IQM over runs and tasks."""
+    flat = values.reshape(-1, *values.shape[2:])
+    return np.atleast_1d(flat.mean(0) if statistic == "mean" else iqm(flat))
+
+
+def score_matrices(runs: Runs, metrics: dict[str, str]) -> dict[str, np.ndarray]:
+    """Algorithm -> scores (runs, tasks), over the tasks that all algorithms have, with as many runs for each."""
+    tasks = shared_tasks(runs)
+    matrices = {}
+    for name in algorithms_of(runs):
+        columns = [[run.score(metrics[task]) for run in runs[task][name]] for task in tasks]
+        matrices[name] = rectangle(columns, name)
+    return matrices
+
+
+def rectangle(columns: list[list], name: str) -> np.ndarray:
+    """Columns -> (runs, tasks, ...); where they have not as many runs each, the first ones."""
+    fewest = min(map(len, columns))
+    if max(map(len, columns)) > fewest:
+        warn(name, f"has not as many seeds on all tasks: over tasks, the first {fewest} of each count")
+    return np.stack([np.array(column[:fewest]) for column in columns], 1)
+
+
+def algorithms_of(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(name for by in runs.values() for name in by))
+
+
+def shared_tasks(runs: Runs) -> list[str]:
+    names = algorithms_of(runs)
+    tasks = [task for task, by in runs.items() if len(by) == len(names)]
+    if not tasks:
+        usage_error("these runs", "no task was run with all algorithms, nothing can be compared over tasks")
+    if len(tasks) < len(runs):
+        warn(", ".join(task for task in runs if task not in tasks), "not run with all algorithms, left out over tasks")
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+def number(value: float, metric: str, digits: int = 1) -> str:
+    """A win rate in per cent, a return with three digits or more."""
+    if metric == "win_rate":
+        return f"{100 * value:.{digits}f}"
+    return f"{value:.{max(0, 2 - int(math.log10(max(1, abs(value)))))}f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    # A | in a name, such as Humanoid-9|8, would end its cell.
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def paper_table(runs: Runs, metrics: dict[str, str]) -> str:
+    """Median (standard deviation) over the seeds of every task and algorithm; and the paper's overall line."""
+    names, rows, cells = algorithms_of(runs), [], {}
+    for task, by in runs.items():
+        row = [task]
+        for name in names:
+            scores = [run.score(metrics[task]) for run in by.get(name, [])]
+            if not scores:
+                row.append("")
+                continue
+            median = float(np.median(scores))
+            deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+            cells[task, name] = median, deviation
+            spread = "one seed" if deviation is None else number(deviation, metrics[task], 2)
+            row.append(f"{number(median, metrics[task])} ({spread})")
+        rows.append(row)
+    whole = [name for name in names if all((task, name) in cells for task in runs)]
+    if len(runs) > 1 and set(metrics.values()) == {"win_rate"} and whole:
+        row = ["overall (mean)"]
+        for name in names:
+            medians, deviations = zip(*[cells[task, name] for task in runs], strict=True) if name in whole else ((), ())
+            spread = f" ({100 * np.mean(deviations):.2f})" if deviations and None not in deviations else ""
+            row.append(f"{100 * np.mean(medians):.1f}{spread}" if medians else "")
+        rows.append(row)
+    return markdown(["task", *names], rows)
+
+
+def interval_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
+    """IQM [95% interval] of the scores, by task and, if all are win rates, over all tasks."""
+    names, rows = algorithms_of(runs), []
+
+    def cell(matrix, metric):
+        middle = number(float(middle_of(matrix, "iqm")[0]), metric)
+        if len(matrix) == 1:
+            return f"{middle} [one seed]"
+        low, high = intervals(matrix, lambda x: middle_of(x, "iqm"), args)
+        return f"{middle} [{number(float(low[0]), metric)}, {number(float(high[0]), metric)}]"
+
+    for task, by in runs.items():
+        columns = [np.array([[run.score(metrics[task])] for run in by.get(name, [])]) for name in names]
+        rows.append([task, *(cell(column, metrics[task]) if len(column) else "" for column in columns)])
+    if len(runs) > 1 and set(metrics.values()) == {"win_rate"} and any(len(by) == len(names) for by in runs.values()):
+        matrices = score_matrices(runs, metrics)
+        rows.append(["all tasks", *(cell(matrices[name], "win_rate") for name in names)])
+    return markdown(["task", *names], rows)
+
+
+def run_table(runs: Runs, metrics: dict[str, str], reach: float) -> str:
+    """Every run's score and, for win rates, the first evaluation that reached `reach`."""
+    rows = []
+    for task, by in runs.items():
+        for name, some in by.items():
+            curves, row = [run.curve(metrics[task]) for run in some], [task, name]
+            row.append(", ".join(str(run.seed) for run in some))
+            row.append(", ".join(str(int(steps[-1])) for steps, _ in curves))
+            row.append(", ".join(str(round(run.score(metrics[task]), 3)) for run in some))
+            first = [next((int(s) for s, v in zip(*curve, strict=True) if v >= reach), None) for curve in curves]
+            row.append(", ".join(map(str, first)) if metrics[task] == "win_rate" else "")
+            rows.append(row)
+    header = ["task", "algorithm", "seeds", "last step", "median of the last ten evaluations, by seed"]
+    return markdown([*header, f"first evaluation of {reach:g} or more, by seed"], rows)
+
+
+def improvements(runs: Runs, metrics: dict[str, str], args: Args) -> list[tuple[str, str, float, float, float]]:
+    """(X, Y, P(X > Y), its interval) for every pair of algorithms; over tasks it is the mean of the tasks."""
+    matrices, found = score_matrices(runs, metrics), []
+    for x, y in itertools.combinations(matrices, 2):
+        pair = matrices[x], matrices[y]
+        point, low, high = float(improvement(*pair)[0]), math.nan, math.nan
+        if min(map(len, pair)) > 1:
+            low, high = (float(end[0]) for end in intervals(pair, improvement, args))
+        found.append((x, y, point, low, high))
+    return found
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """P(a run of x scores better than one of y), scores (runs, tasks); a tie counts one half."""
+    better = (x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None])
+    return np.atleast_1d(better.mean())
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        usage_error("matplotlib", f"{error}; pip install -r benchmark/requirements.txt")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "a2po"  # the same picture is the same file
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, files, title: str):
+    if title:
+        figure.suptitle(title)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+        print(f"wrote {file}", file=sys.stderr)
+
+
+def draw(axes, curves_by_task: list[list], name: str, place: int, statistic: str, label: str, args: Args):
+    """The middle of curves (tasks x runs of (steps, values)) as a line with its interval."""
+    grid = common_grid([curve for curves in curves_by_task for curve in curves])
+    values = rectangle([list(on_grid(curves, grid)) for curves in curves_by_task], name)  # (runs, tasks, points)
+    style = {"color": COLORS[place % len(COLORS)]}
+    dashes = DASHES[place // len(COLORS) % len(DASHES)]
+    marker = {"marker": "o"} if len(grid) == 1 else {}
+    axes.plot(grid, middle_of(values, statistic), dashes, **marker, label=label, **style)
+    if len(values) > 1:
+        low, high = intervals(values, lambda x: middle_of(x, statistic), args)
+        axes.fill_between(grid, low, high, alpha=0.15, linewidth=0, **style)
+
+
+def finish(axes):
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    axes.grid(alpha=0.3)
+
+
+def seeds_label(name: str, counts: list[int]) -> str:
+    if max(counts) == 1:
+        return f"{name} (1 seed, no interval)"
+    return f"{name} ({min(counts)}{f' to {max(counts)}' if max(counts) > min(counts) else ''} seeds)"
+
+
+def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
+    plt, names = pyplot(), algorithms_of(runs)
+    columns = min(len(runs), 4 if len(runs) > 6 else 3)
+    rows = math.ceil(len(runs) / columns)
+    size = (7, 4) if len(runs) == 1 else (3.6 * columns, 2.8 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(runs) :]:
+        axes.set_visible(False)
+    handles = {}
+    for (task, by), axes in zip(runs.items(), grid.flat, strict=False):
+        metric = metrics[task]
+        for name, some in by.items():
+            counts = [len(other[name]) for other in runs.values() if name in other]
+            label = seeds_label(name, counts)
+            curves = [run.curve(metric) for run in some]
+            draw(axes, [curves], name, names.index(name), args.statistic, label, args)
+            handles[label] = axes.get_lines()[-1]
+        if args.reference is not None:
+            line = axes.axhline(args.reference, color="0.3", linestyle="--", linewidth=1, label=args.reference_label)
+            handles[args.reference_label] = line
+        episodes = {len(r["returns"]) for some in by.values() for run in some for r in run.records if r.get("returns")}
+        ylabel = METRICS[metric] + (f" ({episodes.pop()} episodes)" if len(episodes) == len(runs) == 1 else "")
+        axes.set(xlabel="environment steps", ylabel=ylabel, title=task if len(runs) > 1 else "")
+        if metric == "win_rate":
+            axes.set_ylim(-0.02, 1.02)
+        finish(axes)
+    heading = f"{'IQM' if args.statistic == 'iqm' else 'mean'} and 95% interval over seeds"
+    if len(runs) == 1:
+        axes.legend(title=heading, title_fontsize="small", fontsize="small")
+    else:
+        legend = {"loc": "outside lower center", "ncols": min(4, len(handles)), "title": heading}
+        figure.legend(handles.values(), handles.keys(), **legend)
+    save(figure, args.out, args.title)
+
+
+def plot_efficiency(runs: Runs, metrics: dict[str, str], args: Args):
+    """Returns of several tasks are brought to 0..1 by their task's lowest and highest evaluation (paper, Sec. 5.1)."""
+    tasks, names, plt = shared_tasks(runs), algorithms_of(runs), pyplot()
+    curves = {(t, a): [run.curve(metrics[t]) for run in runs[t][a]] for t in tasks for a in names}
+    scaled = [task for task in tasks if metrics[task] != "win_rate"] if len(tasks) > 1 else []
+    for task in scaled:
+        values = np.concatenate([values for a in names for _, values in curves[task, a]])
+        low, span = values.min(), max(np.ptp(values), 1e-12)
+        for a in names:
+            curves[task, a] = [(steps, (values - low) / span) for steps, values in curves[task, a]]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for place, name in enumerate(names):
+        label = seeds_label(name, [len(curves[task, name]) for task in tasks])
+        draw(axes, [curves[task, name] for task in tasks], name, place, "iqm", label, args)
+    over = f"{len(tasks)} tasks and their seeds" if len(tasks) > 1 else f"the seeds of {tasks[0]}"
+    ylabel = "normalised score" if scaled else METRICS[metrics[tasks[0]]]
+    axes.set(xlabel="environment steps", ylabel=ylabel)
+    if ylabel != METRICS["episodic_return"]:
+        axes.set_ylim(-0.02, 1.02)
+    finish(axes)
+    axes.legend(title=f"IQM and 95% interval over {over}", title_fontsize="small", fontsize="small")
+    save(figure, args.efficiency, args.title)
+
+
+def plot_improvement(pairs, args: Args):
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(pairs)), layout="constrained")
+    for row, (_, _, point, low, high) in enumerate(reversed(pairs)):
+        if math.isfinite(low):
+            axes.barh(row, high - low, left=low, height=0.5, color=COLORS[0], alpha=0.3)
+        axes.plot([point, point], [row - 0.25, row + 0.25], color=COLORS[0], linewidth=2)
+    axes.set_yticks(range(len(pairs)), [f"{x} > {y}" for x, y, *_ in reversed(pairs)])
+    axes.axvline(0.5, color="0.3", linestyle="--", linewidth=1)
+    axes.set(xlim=(-0.02, 1.02), xlabel="probability of improvement, P(X > Y), and 95% interval")
+    axes.grid(alpha=0.3, axis="x")
+    save(figure, args.improvement, args.title)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def check_args(args: Args):
+    if not args.paths:
+        usage_error("paths", "name at least one run directory, file or folder")
+    for option in ("out", "efficiency", "improvement"):
+        for file in getattr(args, option):
+            if file.suffix not in (".png", ".svg"):
+                usage_error(f"--{option} {file}", "must end in .png or .svg")
+    if args.reps < 1:
+        usage_error(f"--reps {args.reps}", "must be at least 1")
+
+
+def main(args: Args):
+    check_args(args)
+    runs = read(args.paths, args.tasks, args.algorithms)
+    if args.reference is not None and len(runs) > 1:
+        usage_error(f"--reference {args.reference:g}", f"is for one task, not for {', '.join(runs)}")
+    metrics = choose_metrics(runs, args.metric)
+    check(runs)
+    unit = "; win rates in per cent" if "win_rate" in metrics.values() else ""
+    parts = [f"Median (standard deviation) over seeds of the median of the last ten evaluations{unit}:"]
+    parts += [paper_table(runs, metrics), f"IQM of the same, [95% stratified bootstrap interval]{unit}:"]
+    parts += [interval_table(runs, metrics, args), "Every run:", run_table(runs, metrics, args.reach)]
+    if args.improvement:
+        if len(algorithms_of(runs)) < 2:
+            usage_error("--improvement", "needs two algorithms")
+        pairs = improvements(runs, metrics, args)
+        ends = ["one seed" if math.isnan(low) else f"{low:.2f}, {high:.2f}" for *_, low, high in pairs]
+        rows = [[x, y, f"{p:.2f} [{e}]"] for (x, y, p, *_), e in zip(pairs, ends, strict=True)]
+        parts += ["Probability that a run of X scores better than one of Y:", markdown(["X", "Y", "P(X > Y)"], rows)]
+        plot_improvement(pairs, args)
+    text = "\n\n".join(parts)
+    print(text)
+    if args.table:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(text + "\n")
+        print(f"wrote {args.table}", file=sys.stderr)
+    if args.out:
+        plot_curves(runs, metrics, args)
+    if args.efficiency:
+        plot_efficiency(runs, metrics, args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
