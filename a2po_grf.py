@@ -1147,7 +1147,8 @@ def main(args: Args):
     n_actions, H, L = int(envs.single_action_space.nvec[0]), args.hidden_size, args.chunk_length
 
     # m networks of each kind: one that all agents share, or one for each agent.
-    m, inputs = 1 if args.share_parameters else n, state_dim + obs_dim
+    shared, inputs = args.share_parameters, state_dim + obs_dim
+    m = 1 if shared else n
     actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, gain=0.01) for _ in range(m)]).to(device)
     critics = nn.ModuleList([RecurrentNetwork(inputs, 1, H, gain=1.0) for _ in range(m)]).to(device)
     normalizer = ValueNormalizer().to(device)
@@ -1342,11 +1343,11 @@ def main(args: Args):
         scores = (advantages.abs() * sample).sum((0, 1)) / sample.sum((0, 1)).clamp(min=1)
         order = agent_order(scores.cpu(), args.agent_order, torch.default_generator)
         blocks = torch.tensor(order, device=device).tensor_split(args.agent_blocks)
-        rounds, epochs = (math.ceil(args.update_epochs / len(blocks)), 1) if m == 1 else (1, args.update_epochs)
+        rounds, epochs = (math.ceil(args.update_epochs / len(blocks)), 1) if shared else (1, args.update_epochs)
         joint_log_ratio = torch.zeros_like(done)  # over all agents whose policies have changed
         metrics = []
         for position, block in list(enumerate(blocks, 1)) * rounds:
-            if m == 1:  # every update moves all policies, so everyone's ratio is needed anew
+            if shared:  # every update moves all policies, so everyone's ratio is needed anew
                 with torch.no_grad():
                     columns, log_ratio, _ = log_ratio_of(torch.arange(n, device=device), actors[0])
                     joint_log_ratio = from_sequences(log_ratio, rows[columns], sample.shape).sum(-1)
@@ -1359,7 +1360,7 @@ def main(args: Args):
 
             # Eq. (6) with the clip of this position: for the whole block, or for one agent with its network at a time.
             groups = [(block, actors[0], critics[0])]
-            if m > 1:
+            if not shared:
                 groups = [(block[k : k + 1], actors[i], critics[i]) for k, i in enumerate(block.tolist())]
             for agents, actor, critic in groups:
                 for _ in range(epochs):
@@ -1367,7 +1368,7 @@ def main(args: Args):
                     weight, ratio = sequences["sample"][:, columns], log_ratio.exp()
                     # The preceding agents are those updated before, or, with shared parameters, everyone but i.
                     preceding = to_sequences(joint_log_ratio.unsqueeze(-1).expand(-1, -1, n), L, rows[columns])
-                    preceding = preceding - log_ratio.detach() if m == 1 else preceding
+                    preceding = preceding - log_ratio.detach() if shared else preceding
                     preceding_ratio = preceding.clamp(-20, 20).exp()
                     advantage = normalize_advantages(to_sequences(advantages, L, rows[columns]), weight)
                     surrogate = clipped_surrogate(ratio, preceding_ratio, advantage, clip_coef)
@@ -1401,7 +1402,7 @@ def main(args: Args):
                         preceding_clipped = (preceding != preceding_ratio).float()
                         update[f"{place}/preceding_clipfrac"] = masked_mean(preceding_clipped, weight)
                         metrics.append(update)
-            if m > 1:  # the ratio is extended by the block just updated: one forward pass of its agents alone
+            if not shared:  # the ratio is extended by the block just updated: one forward pass of its agents alone
                 with torch.no_grad():
                     for agents, actor, _ in groups:
                         columns, log_ratio, _ = log_ratio_of(agents, actor)
