@@ -416,7 +416,7 @@ def test_failure_has_status_and_reason(fake):
 
 
 def test_interrupt_becomes_sigterm(fake):
-    job, _ = fake_jobs("--total-timesteps", "100000", "--options=--sleep 0.02")
+    job, _ = fake_jobs("--total-timesteps", "100000000", "--options=--sleep 0.02")  # it does not end by itself
 
     def interrupt():
         while not list(fake.glob("runs/*/eval.jsonl")):

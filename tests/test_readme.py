@@ -16,7 +16,18 @@ DIFF = re.compile(r"(<!-- update diff -->\n```diff\n)(?:(?!```).*\n)*(```\n)")
 # [`name`](script.py#L1) points to a definition, [`some text`](script.py#L1) to the one line that holds this text.
 # TensorBoard's, tyro's, pip's, and those of benchmark/.
 OTHER_OPTIONS = {"logdir", "help", "no-build-isolation"}
-OTHER_OPTIONS |= {"out", "real", "options", "iterations", "warmup", "seconds", "turns", "reference", "reference-label"}
+OTHER_OPTIONS |= {
+    "out",
+    "real",
+    "scripts",
+    "options",
+    "iterations",
+    "warmup",
+    "seconds",
+    "turns",
+    "reference",
+    "reference-label",
+}
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")
 
 
