@@ -415,8 +415,16 @@ def test_failure_has_status_and_reason(fake):
     assert run.reason_of(run.log_of(job, fake)) == "no luck"
 
 
-def test_interrupt_becomes_sigterm(fake):
-    job, _ = fake_jobs("--total-timesteps", "100000000", "--options=--sleep 0.02")  # it does not end by itself
+@pytest.fixture
+def interruptible():
+    """Python's own handler, as in Ray's workers: in a shell's background SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_becomes_sigterm(fake, interruptible):
+    job, _ = fake_jobs("--total-timesteps", "100000", "--options=--sleep 0.02")
 
     def interrupt():
         while not list(fake.glob("runs/*/eval.jsonl")):
