@@ -59,9 +59,11 @@ class Args:
     total_timesteps: int = 100_000_000
     """environment steps of the run (the authors' setting for 5-vs-5); a step of all agents counts once"""
     num_envs: int | None = None
-    """games played at once, a process each; by default 4 per core, so that no core waits for a slow game"""
+    """games played at once; by default 4 per core, so that no core waits long for a slow game"""
     num_steps: int | None = None
     """steps of each game per iteration; by default 1,000 in a match and 400, the whole of it, in a drill"""
+    num_workers: int | None = None
+    """processes that share the games; by default one per core"""
     worker_timeout: float = 120.0
     """seconds after which a game that does not answer is given up and begun anew"""
 
@@ -187,9 +189,11 @@ THEM = 1
 # all lengths are in half pitches of 54.4 m, and all speeds in units of 10 m/s (the engine moves 0.1 s per step).
 HALF_PITCH = 54.4
 ISOTROPIC = np.array([1.0, 83.6 / HALF_PITCH])
+PER_SECOND = ISOTROPIC * HALF_PITCH
 TEN_METRES = 10 / HALF_PITCH
 OPPONENT_GOAL = np.array([1.0, 0.0])
 OWN_GOAL = -OPPONENT_GOAL
+ROLES, GAME_MODES = np.eye(10), np.eye(7)  # one-hot
 
 
 @functools.cache
@@ -223,6 +227,14 @@ def feature_layout(left: int, right: int) -> dict[str, tuple[int, float, float]]
 
 
 @functools.cache
+def feature_places(left: int, right: int) -> dict[str, slice]:
+    """Where the blocks are."""
+    layout = feature_layout(left, right)
+    ends = np.cumsum([size for size, _, _ in layout.values()]).tolist()
+    return {name: slice(end - layout[name][0], end) for name, end in zip(layout, ends, strict=True)}
+
+
+@functools.cache
 def feature_bounds(left: int, right: int) -> np.ndarray:
     """Lowest and highest values of an agent's observation, (2, obs_dim)."""
     sizes, low, high = zip(*feature_layout(left, right).values(), strict=True)
@@ -231,11 +243,11 @@ def feature_bounds(left: int, right: int) -> np.ndarray:
 
 def positions(raw, side: str):
     """Where the players of a team are and how fast they move, (players, 2) each, in half pitches and 10 m/s."""
-    return raw[f"{side}_team"] * ISOTROPIC, raw[f"{side}_team_direction"] * (ISOTROPIC * HALF_PITCH)
+    return raw[f"{side}_team"] * ISOTROPIC, raw[f"{side}_team_direction"] * PER_SECOND
 
 
 def length(vectors):
-    return np.sqrt(np.square(vectors).sum(-1))
+    return np.hypot(vectors[..., 0], vectors[..., 1])
 
 
 def observe_agents(raw) -> np.ndarray:
@@ -279,7 +291,7 @@ def observe_agents(raw) -> np.ndarray:
     ball, ball_speed = raw["ball"].copy(), raw["ball_direction"].copy()
     ball[:2] *= ISOTROPIC
     ball[2] /= 10
-    ball_speed[:2] *= ISOTROPIC * HALF_PITCH
+    ball_speed[:2] *= PER_SECOND
     owned_team, owned_player = raw["ball_owned_team"], raw["ball_owned_player"]
     to_ball = ball[:2] - here
     from_ball = np.where(left_active, length(left - ball[:2]), np.inf)
@@ -295,44 +307,47 @@ def observe_agents(raw) -> np.ndarray:
         if besides is not None:
             key[n, besides] = -1.0  # the first one, which is then left out
         order = key.argsort(1)[:, besides is not None :]
-        has_ball = np.zeros(len(where))
-        if owned_team == side:
-            has_ball[owned_player] = 1.0
         rows = np.empty((len(n), len(where), 8))
         rows[..., :2], rows[..., 2] = offset, distance
         rows[..., 3:5] = velocity - moving[:, None]
-        rows[..., 5], rows[..., 6], rows[..., 7] = raw[f"{TEAMS[side]}_team_tired_factor"], has_ball, 1.0
+        rows[..., 5], rows[..., 6], rows[..., 7] = raw[f"{TEAMS[side]}_team_tired_factor"], 0.0, 1.0
+        if owned_team == side:
+            rows[:, owned_player, 6] = 1.0
         rows *= active[:, None]
         return rows[n[:, None], order].reshape(len(n), -1)
 
-    def for_all(*values):
-        return np.broadcast_to(np.array(values, np.float64), (len(n), len(values)))
+    owner = np.zeros((len(n), 4))
+    owner[:, owned_team + 1] = 1.0
+    owner[:, 3] = (owned_team == US) & (owned_player == agent)
 
-    blocks = (
-        here,
-        moving / np.maximum(speed, 1e-3),
-        speed,
-        raw["left_team_tired_factor"][agent, None],
-        np.eye(10)[raw["left_team_roles"][agent]],
-        raw["left_team_yellow_card"][agent, None],
-        np.concatenate([beyond > 0, beyond], 1),
-        np.stack([length(OPPONENT_GOAL - here), length(OWN_GOAL - here)], 1),
-        for_all(*ball),
-        for_all(*ball_speed),
-        for_all(owned_team == -1, owned_team == US, owned_team == THEM),
-        ((owned_team == US) & (owned_player == agent))[:, None],
-        to_ball,
-        length(to_ball)[:, None],
-        for_all(length(OPPONENT_GOAL - ball[:2]), length(OWN_GOAL - ball[:2])),
-        (from_ball[agent] <= from_ball.min())[:, None],
-        others(left, left_speed, left_active, US, agent),
-        others(right, right_speed, right_active, THEM, None),
-        for_all((raw["score"][0] - raw["score"][1]) / 5, raw["steps_left"] / 3000),
-        for_all(*(np.arange(7) == raw["game_mode"])),
-        np.stack(raw["left_agent_sticky_actions"]),
-    )
+    blocks = {
+        "position": here,
+        "direction": moving / np.maximum(speed, 1e-3),
+        "speed": speed,
+        "tired": raw["left_team_tired_factor"][agent, None],
+        "role": ROLES[raw["left_team_roles"][agent]],
+        "card": raw["left_team_yellow_card"][agent, None],
+        "offside": np.concatenate([beyond > 0, beyond], 1),
+        "goals": np.array([length(OPPONENT_GOAL - here), length(OWN_GOAL - here)]).T,
+        "ball": ball,
+        "ball velocity": ball_speed,
+        "ball owner": owner,
+        "to ball": np.concatenate([to_ball, length(to_ball)[:, None]], 1),
+        "ball to goals": [length(OPPONENT_GOAL - ball[:2]), length(OWN_GOAL - ball[:2])],
+        "nearest": (from_ball[agent] <= from_ball.min())[:, None],
+        "team-mates": others(left, left_speed, left_active, US, agent),
+        "opponents": others(right, right_speed, right_active, THEM, None),
+        "score": (raw["score"][0] - raw["score"][1]) / 5,
+        "steps left": raw["steps_left"] / 3000,
+        "game mode": GAME_MODES[raw["game_mode"]],
+        "sticky": raw["left_agent_sticky_actions"],
+    }
     low, high = feature_bounds(len(left), len(right))
-    return np.clip(np.concatenate(blocks, 1) * present[:, None], low, high).astype(np.float32)
+    features, places = np.empty((len(n), len(low))), feature_places(len(left), len(right))
+    for name, values in blocks.items():
+        features[:, places[name]] = values
+    features *= present[:, None]
+    return features.clip(low, high).astype(np.float32)
 
 
 def observe_state(raw) -> np.ndarray:
@@ -349,9 +364,9 @@ def observe_state(raw) -> np.ndarray:
     owner = np.zeros(1 + len(teams[US]) + len(teams[THEM]))
     team = raw["ball_owned_team"]
     owner[0 if team == -1 else 1 + raw["ball_owned_player"] + team * len(teams[US])] = 1.0
-    match = [(raw["score"][0] - raw["score"][1]) / 5, raw["steps_left"] / 3000, *(np.arange(7) == raw["game_mode"])]
+    match = [(raw["score"][0] - raw["score"][1]) / 5, raw["steps_left"] / 3000, *GAME_MODES[raw["game_mode"]]]
     ball = [*(raw["ball"][:2] * ISOTROPIC), raw["ball"][2] / 10]
-    ball_speed = [*(raw["ball_direction"][:2] * (ISOTROPIC * HALF_PITCH)), raw["ball_direction"][2]]
+    ball_speed = [*(raw["ball_direction"][:2] * PER_SECOND), raw["ball_direction"][2]]
     parts = (teams[US].ravel(), teams[THEM].ravel(), ball, ball_speed, owner, match, *raw["left_agent_sticky_actions"])
     return np.concatenate(parts).astype(np.float32)
 
@@ -375,7 +390,7 @@ def action_mask(raw) -> np.ndarray:
     """
     agent = np.asarray(raw["left_agent_controlled_player"])
     present, agent = agent >= 0, np.maximum(agent, 0)
-    sticky = np.stack(raw["left_agent_sticky_actions"]).astype(bool)
+    sticky = np.array(raw["left_agent_sticky_actions"], bool)
     direction, sprint, dribble = sticky[:, :8].any(1), sticky[:, 8], sticky[:, 9]
     team, set_piece = raw["ball_owned_team"], raw["game_mode"] != NORMAL
     distance = length((raw["left_team"] - raw["ball"][:2]) * ISOTROPIC)
@@ -644,16 +659,18 @@ class Football(gym.Env):
         self.game = None
 
 
-def play_football(connection, main_end, *arguments):
-    """A worker process: builds a Football and answers (method, arguments) until the main process is gone."""
+def play_football(connection, main_end, scenario: str, weights: dict[str, float], games: list[tuple[int, int]]):
+    """A worker process: a Football for each (seed, build); answers lists of (game, method, arguments), one message for
+    each, until the main process is gone.
+    """
     os.setsid()  # Ctrl-C and the like reach a whole session, but to end the workers is the main process's task
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a worker that is started later inherits the main process's handler
     main_end.close()  # else the connection would stay open when the main process has died
-    game = Football(*arguments)
+    games = [Football(scenario, weights, seed, build) for seed, build in games]
     try:
         while True:
-            method, inputs = connection.recv()
-            connection.send(getattr(game, method)(**inputs))
+            for number, method, inputs in connection.recv():
+                connection.send(getattr(games[number], method)(**inputs))
     except (EOFError, OSError):
         pass
 
@@ -663,19 +680,22 @@ class GameDied(SystemExit):
 
 
 class FootballGames(gym.vector.VectorEnv):
-    """Games of football, one process each, next-step autoreset.
+    """Games of football, shared out to worker processes, next-step autoreset.
 
     Observations are dictionaries: `obs` (N, n, obs_dim), `state` (N, state_dim), `action_mask` (N, n, 19), `alive`
     (N, n), 0 for a player who is sent off. Rewards are the team's, (N,). `info["won"]` (N,) tells of the episode that
     the step ended, `info["metrics"]`, name -> (N,), its numbers: Behaviour's and Reward's, nan where no episode ended.
 
-    A worker that dies, or does not answer for `timeout` seconds, is replaced: `info["crashed"]` (N,) marks the step in
-    which that happened, which ends the episode and is no sample. `crashes` counts them.
+    A worker that dies, or in which a game does not answer for `timeout` seconds, is replaced: `info["crashed"]` (N,)
+    marks the step of its games in which that happened, which ends their episodes and is no sample; `crashes` counts
+    them. But for that the number of workers changes nothing.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
-    def __init__(self, scenario: str, num_envs: int, seed: int, weights: dict[str, float], timeout: float = 120.0):
+    def __init__(
+        self, scenario: str, num_envs: int, seed: int, weights: dict[str, float], num_workers: int, timeout=120.0
+    ):
         self.num_envs, self.closed, self.timeout, self.weights, self.seed = num_envs, False, timeout, weights, seed
         self.scenario, self.crashes = scenario, 0
         game = Football(scenario, weights)
@@ -683,64 +703,77 @@ class FootballGames(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.obs = gym.vector.utils.create_empty_array(self.single_observation_space, num_envs)
-        self.processes, self.connections, self.builds = [None] * num_envs, [None] * num_envs, [0] * num_envs
-        self.failures, self.final, self.lost = [0] * num_envs, np.ones(num_envs, bool), np.zeros(num_envs, bool)
-        for e in range(num_envs):
-            self._start(e)
+        self.builds, self.final, self.lost = [0] * num_envs, np.ones(num_envs, bool), np.zeros(num_envs, bool)
+        workers = min(num_workers, num_envs)
+        self.shares = [share.tolist() for share in np.array_split(np.arange(num_envs), workers)]  # games of each worker
+        self.place = {e: (number, w) for w, share in enumerate(self.shares) for number, e in enumerate(share)}
+        self.processes, self.connections, self.failures = [None] * workers, [None] * workers, [0] * workers
+        for w in range(workers):
+            self._start(w)
 
-    def _start(self, e: int):
-        """A new process for environment e; it does not play again what the one before it played."""
-        self.connections[e], worker_end = multiprocessing.Pipe()
+    def _start(self, w: int):
+        """A new process for the games of worker w; they do not play again what those before them played."""
+        self.connections[w], worker_end = multiprocessing.Pipe()
         # Environment e of seed s gets 1000 s + e: runs with neighbouring seeds do not share games.
-        game = (self.scenario, self.weights, 1000 * self.seed + e, self.builds[e])
-        arguments = (worker_end, self.connections[e], *game)
-        self.processes[e] = multiprocessing.Process(target=play_football, args=arguments, daemon=True)
-        self.processes[e].start()
+        games = [(1000 * self.seed + e, self.builds[e]) for e in self.shares[w]]
+        arguments = (worker_end, self.connections[w], self.scenario, self.weights, games)
+        self.processes[w] = multiprocessing.Process(target=play_football, args=arguments, daemon=True)
+        self.processes[w].start()
         worker_end.close()
-        self.builds[e] += 1
+        for e in self.shares[w]:
+            self.builds[e] += 1
 
-    def _stop(self, e: int):
-        self.connections[e].close()
-        self.processes[e].kill()
-        self.processes[e].join()
+    def _stop(self, w: int):
+        self.connections[w].close()
+        self.processes[w].kill()
+        self.processes[w].join()
 
-    def _replace(self, e: int, reason: str):
-        self.failures[e], self.crashes, self.lost[e] = self.failures[e] + 1, self.crashes + 1, True
-        warnings.warn(f"the process of game {e} {reason}; its episode is dropped", stacklevel=2)
-        self._stop(e)
-        self._start(e)
-        if self.failures[e] >= 3:
+    def _replace(self, w: int, reason: str):
+        self.failures[w], self.lost[self.shares[w]] = self.failures[w] + 1, True
+        games = ", ".join(map(str, self.shares[w]))
+        warnings.warn(f"football's worker {w} {reason}; the episodes of its games {games} are dropped", stacklevel=2)
+        self._stop(w)
+        self._start(w)
+        if self.failures[w] >= 3:
             self.close()
-            raise GameDied(f"football failed {self.failures[e]} times without a whole episode on {self.scenario}")
+            raise GameDied(f"football failed {self.failures[w]} times without a whole episode on {self.scenario}")
 
     def _ask(self, requests: dict) -> dict:
-        """Environment -> (method, arguments), answered by environment -> result, without those that failed."""
-        answers, deadline = {}, time.monotonic() + self.timeout
-        for e, request in requests.items():
-            with contextlib.suppress(OSError):  # it is dead, as its answer will show
-                self.connections[e].send(request)
-        for e in requests:
+        """Environment -> (method, arguments), answered by environment -> result, without those that are lost."""
+        answers, failed = {}, set()
+        for w, share in enumerate(self.shares):
+            with contextlib.suppress(OSError):  # it is dead, as its answers will show
+                self.connections[w].send([(self.place[e][0], *requests[e]) for e in share if e in requests])
+        deadlines = [time.monotonic() + self.timeout] * len(self.shares)
+        for e in sorted(requests, key=self.place.get):  # the first games of all workers come first
+            _, w = self.place[e]
+            if w in failed:
+                continue
             reason = f"did not answer for {self.timeout:g} s"
             try:
-                if self.connections[e].poll(max(0.0, deadline - time.monotonic())):
-                    answers[e] = self.connections[e].recv()
+                if self.connections[w].poll(max(0.0, deadlines[w] - time.monotonic())):
+                    answers[e], self.lost[e] = self.connections[w].recv(), False
+                    deadlines[w] = time.monotonic() + self.timeout
                     continue
             except (EOFError, OSError):
                 reason = "died"
-            self._replace(e, reason)
-        return answers
+            failed.add(w)
+            self._replace(w, reason)
+        return {e: answer for e, answer in answers.items() if not self.lost[e]}
 
     def _play(self, requests: dict):
         """Steps, and new episodes until each of them has begun; results as of `step`."""
         answers = self._ask(requests)
         while missing := [e for e, (method, _) in requests.items() if method == "reset" and e not in answers]:
-            answers |= self._ask({e: ("reset", {}) for e in missing})
+            begun = self._ask({e: ("reset", {}) for e in missing})
+            answers = {e: answer for e, answer in answers.items() if not self.lost[e]} | begun
         reward, ended = np.zeros(self.num_envs, np.float32), np.zeros((2, self.num_envs), bool)
         info = {"won": np.zeros(self.num_envs, bool), "crashed": np.zeros(self.num_envs, bool)}
         info["metrics"] = {name: np.full(self.num_envs, np.nan) for name in METRICS}
         for e in range(self.num_envs):
             if e not in answers:  # the game is lost; its last observation once more
                 info["crashed"][e] = ended[1, e] = True
+                self.crashes += 1
                 continue
             self._keep(e, answers[e][0])
             if requests[e][0] == "step":
@@ -749,7 +782,7 @@ class FootballGames(gym.vector.VectorEnv):
                 for name, value in about.get("metrics", {}).items():
                     info["metrics"][name][e] = value
                 if ended[:, e].any():
-                    self.failures[e] = 0
+                    self.failures[self.place[e][1]] = 0
         self.lost[:], self.final = False, ended.any(0)
         return {name: value.copy() for name, value in self.obs.items()}, reward, *ended, info
 
@@ -785,13 +818,13 @@ class FootballGames(gym.vector.VectorEnv):
             self._keep(e, answer[0])
 
     def close_extras(self, **options):
-        for e in range(self.num_envs):
-            self._stop(e)
+        for w in range(len(self.shares)):
+            self._stop(w)
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     weights = {term: getattr(args, f"reward_{term}") for term in Reward.TERMS}
-    return FootballGames(args.scenario, args.num_envs, args.seed, weights, args.worker_timeout)
+    return FootballGames(args.scenario, args.num_envs, args.seed, weights, args.num_workers, args.worker_timeout)
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -1106,6 +1139,7 @@ def complete_args(args: Args) -> Args:
         "num_envs": 4 * cores,
         "num_steps": max(1, (400 if "academy" in args.scenario else 1000) // chunk) * chunk,
         "agent_blocks": n_agents,
+        "num_workers": cores,
         "torch_threads": cores,
     }
     missing = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]

@@ -567,8 +567,8 @@ def games(monkeypatch):
     monkeypatch.setattr(Double, "broken_builds", ())
     made = []
 
-    def make(num_envs=2, seed=3, timeout=20.0):
-        made.append(FootballGames("5_vs_5", num_envs, seed, WEIGHTS, timeout))
+    def make(num_envs=2, seed=3, timeout=20.0, num_workers=2):
+        made.append(FootballGames("5_vs_5", num_envs, seed, WEIGHTS, num_workers, timeout))
         return made[-1]
 
     yield make
@@ -621,7 +621,7 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
     if way == "stopped":
         os.kill(old.pid, signal.SIGSTOP)
     reason = "did not answer for 1 s" if way in ("hangs", "stopped") else "died"
-    with pytest.warns(UserWarning, match=f"game 0 {reason}; its episode is dropped"):
+    with pytest.warns(UserWarning, match=f"worker 0 {reason}; the episodes of its games 0 are dropped"):
         obs, reward, terminated, truncated, info = step(envs, action, 0)
     # Its step is no sample and ends the episode; the other game goes on.
     assert (obs, reward) == ([[3000, 0, 1, 1], [3001, 0, 1, 2]], [0, 2])
@@ -638,12 +638,57 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
 
 
 @quiet
+@pytest.mark.parametrize("way", [Double.DIE, Double.HANG])
+def test_a_worker_s_other_games_are_lost_with_it(games, way):
+    """Five games in two workers, 0 1 2 and 3 4. Game 1 breaks its worker after the answer of game 0 and before game 2's,
+    which has nothing to lose: it begins its next episode in the new process."""
+    envs = games(5, timeout=1.0)
+    envs.reset()
+    early = [(0, 0, 0, 0, 0)] * 3
+    state = envs.get_state()
+    for actions in early:
+        step(envs, *actions)
+    ended = envs.get_state()
+    envs.set_state([torch.tensor([False, False, True, False, False]), state[1], *state[2:4], ended[4], *state[5:]])
+    obs, _, terminated, truncated, info = step(envs, 0, way, 0, 0, 0)
+    assert info["crashed"].tolist() == [True, True, False, False, False] and envs.crashes == 2
+    assert truncated == [True, True, False, False, False] and not any(terminated)
+    assert obs[2:] == [[3002, 1, 1, 0], [3003, 0, 1, 1], [3004, 0, 1, 1]]
+    obs, _, _, _, info = step(envs, 0, 0, 0, 0, 0)
+    assert not info["crashed"].any() and envs.crashes == 2
+    assert obs == [[3000, 1, 1, 0], [3001, 1, 1, 0], [3002, 1, 1, 1], [3003, 0, 1, 2], [3004, 0, 1, 2]]
+
+
+@quiet
+def test_a_game_that_breaks_at_every_other_start_takes_its_worker_along_each_time(games):
+    """Game 0's first two processes break as it begins; game 1, in the same worker, begins a third time with it."""
+    Double.broken_builds = (0, 1)
+    envs = games(3, num_workers=1)
+    assert envs.reset()[0]["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 2, 1, 0], [3002, 2, 1, 0]]
+    assert step(envs, 0, 0, 0)[0] == [[3000, 2, 1, 1], [3001, 2, 1, 1], [3002, 2, 1, 1]]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
+def test_the_number_of_workers_changes_nothing(games, num_workers):
+    played = []
+    for workers in (num_workers, 5):
+        envs = games(5, num_workers=workers)
+        envs.reset()
+        assert len(envs.processes) == min(workers, 5)
+        results = [step(envs, 0, 0, 0, 0, 0) for _ in range(6)]
+        played.append([(*result, info["metrics"]["goal"].tolist()) for *result, info in results])
+        state = [part.tolist() for part in envs.get_state()]
+        played[-1].append(state)
+    assert str(played[0]) == str(played[1])
+
+
+@quiet
 def test_a_worker_that_breaks_at_the_reset_is_replaced_too(games):
     Double.broken_builds = (0, 1)
     envs = games()
     obs, info = envs.reset()
-    assert obs["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 0, 1, 0]] and envs.crashes == 2
-    assert not info["crashed"].any()
+    assert obs["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 0, 1, 0]]
+    assert not info["crashed"].any() and envs.crashes == 0, "no episode had begun"
 
 
 @quiet
@@ -706,15 +751,19 @@ def test_a_game_lost_around_an_evaluation_ends_its_episode(games, moment):
     if moment == "between":
         state = [*state[:2], state[2][:1], *state[3:]]
     envs.set_state(state)
-    assert envs.crashes == (0 if moment == "between" else 1)
     obs, _, _, truncated, info = step(envs, 0, 0)
-    assert info["crashed"].tolist() == [True, False] and truncated == [True, False] and obs[1] == [3001, 0, 1, 2]
+    assert (
+        envs.crashes == 1
+        and info["crashed"].tolist() == [True, False]
+        and truncated == [True, False]
+        and obs[1] == [3001, 0, 1, 2]
+    )
     obs, _, _, truncated, info = step(envs, 0, 0)
     assert not info["crashed"].any() and obs[0][3] == 0 and obs[1] == [3001, 0, 1, 3]
 
 
 def orphaning(pipe):
-    envs = FootballGames("5_vs_5", 2, 0, WEIGHTS)
+    envs = FootballGames("5_vs_5", 2, 0, WEIGHTS, 2)
     envs.reset()
     pipe.send([process.pid for process in envs.processes])
     time.sleep(1000)
@@ -941,7 +990,7 @@ def test_a_pass_in_the_engine_is_counted():
 @engine
 @quiet
 def test_a_killed_engine_is_replaced():
-    envs = FootballGames("academy_3_vs_1_with_keeper", 2, 1, WEIGHTS)
+    envs = FootballGames("academy_3_vs_1_with_keeper", 2, 1, WEIGHTS, 2)
     rng = np.random.default_rng(0)
     obs, _ = envs.reset()
     assert envs.observation_space.contains(obs)
@@ -981,9 +1030,8 @@ def test_pass_rate_over_episodes_is_that_of_all_attempts():
     assert math.isnan(behaviour_means({"pass": [0], "attempts": [0], "pass_rate": [math.nan]})["pass_rate"])
 
 
-DRILL = (
-    "--scenario academy_3_vs_1_with_keeper --num-envs 2 --num-steps 60 --eval-episodes 2 --torch-threads 1 --no-cuda"
-)
+DRILL = "--scenario academy_3_vs_1_with_keeper --num-envs 2 --num-workers 2 --num-steps 60 --eval-episodes 2"
+DRILL += " --torch-threads 1 --no-cuda"
 
 
 def train(options):
@@ -1001,7 +1049,7 @@ def scalars(run_dir):
 @engine
 @pytest.mark.parametrize("shared", ["--share-parameters", "--no-share-parameters"])
 def test_a_run_logs_everything_and_can_be_resumed(shared, tmp_path, monkeypatch):
-    """With either algorithm a run that is cut off and resumed ends where an uncut one ends, games included."""
+    """With either algorithm a run that is cut off and resumed, in fewer workers, ends where an uncut one ends, games included."""
     weights = []
     for cut in (False, True):
         place = tmp_path / str(cut)
@@ -1009,7 +1057,7 @@ def test_a_run_logs_everything_and_can_be_resumed(shared, tmp_path, monkeypatch)
         monkeypatch.chdir(place)
         run_dir = train(f"--total-timesteps {100 if cut else 200} --eval-every 100 {shared}")
         if cut:
-            a2po_grf.main(a2po_grf.parse_args(["--resume", str(run_dir), "--total-timesteps", "200"]))
+            a2po_grf.main(a2po_grf.parse_args(f"--resume {run_dir} --total-timesteps 200 --num-workers 1".split()))
         weights.append(torch.load(run_dir / "checkpoint.pt", weights_only=True))
         logged = scalars(run_dir)
     names = {f"behaviour/{name}" for name in Behaviour.NAMES if name not in ("win", "pass_rate")}
@@ -1044,7 +1092,7 @@ def test_training_goes_on_when_a_game_dies(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FootballGames, "step", step_and_kill)
     monkeypatch.setattr(a2po_grf, "evaluate", lambda *_: {name: [0.0] for name in ("score", *Behaviour.NAMES)})
-    with pytest.warns(UserWarning, match="game 1 died"):
+    with pytest.warns(UserWarning, match="worker 1 died"):
         run_dir = train("--total-timesteps 110 --eval-every 1000000")
     progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
     # All steps of 2 games, less the one that was lost and the fillers after an episode's end.
