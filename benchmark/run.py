@@ -291,6 +291,7 @@ def run_process(command: list[str], base: Path, log: Path, gpus: float) -> int |
 
     KeyboardInterrupt, which is how Ray cancels, becomes SIGTERM; the script saves and ends.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and the like it is ignored, by heritage
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""

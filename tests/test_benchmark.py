@@ -416,14 +416,14 @@ def test_failure_has_status_and_reason(fake):
 
 
 @pytest.fixture
-def interruptible():
-    """Python's own handler, as in Ray's workers: in a shell's background SIGINT is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def ignoring_ctrl_c():
+    """As what a shell starts in the background does, and Ray's workers with it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_interrupt_becomes_sigterm(fake, interruptible):
+def test_interrupt_becomes_sigterm(fake, ignoring_ctrl_c):
     job, _ = fake_jobs("--total-timesteps", "100000", "--options=--sleep 0.02")
 
     def interrupt():
