@@ -58,6 +58,7 @@ ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
     "figure3": (MUJOCO_TASKS, ALL, {"": ()}),
+    "figure4": (("5_vs_5", "11_vs_11_stochastic"), ALL, {"": ()}),  # Table 3 too
     "figure5": (ABLATION_TASKS, ("a2po",), PREOPC),
     "figure6": (ABLATION_TASKS, ("a2po",), ORDER),
     "figure7": (ABLATION_TASKS, ("a2po",), CLIP),
@@ -68,7 +69,7 @@ MATRICES = {
 # Settings that do not change a run's numbers, or say how far it goes.
 FREE = set(
     "total_timesteps save_every resume eval_only checkpoint track wandb_project cuda compile torch_threads num_workers "
-    "capture_video".split()
+    "capture_video worker_timeout".split()
 )
 
 
@@ -81,7 +82,7 @@ class Args:
     smax: bool = False
     """play on SMAX: only the tasks that it has; without it SMAC's maps need StarCraft II"""
     tasks: tuple[str, ...] = ()
-    """other tasks than the matrix's: SMAC maps, or such as Ant-4x2 'Humanoid-9|8' spread-3-0"""
+    """other tasks than the matrix's: SMAC maps, Football's scenarios, or such as Ant-4x2 'Humanoid-9|8' spread-3-0"""
     algorithms: tuple[str, ...] = ()
     """only these of mappo coppo happo a2po"""
     total_timesteps: int | None = None
@@ -137,7 +138,7 @@ class Job:
             command += self.options
             command += ["--total-timesteps", str(self.total_timesteps)] if self.total_timesteps is not None else []
         command += ["--torch-threads", str(cpus)]
-        return command + (["--num-workers", str(cpus)] if self.script.stem.endswith("_mpe") else [])
+        return command + (["--num-workers", str(cpus)] if self.script.stem.endswith(("_mpe", "_grf")) else [])
 
 
 def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
@@ -146,6 +147,8 @@ def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
         return "mpe", ("--n-agents", found[1], "--local-ratio", found[2])
     if found := re.fullmatch(r"([A-Z][A-Za-z\d]+)-(\d+x\d+d?|\d+\|\d+)", task):
         return "mujoco", ("--scenario", found[1], "--partition", found[2])
+    if re.fullmatch(r"5_vs_5|11_vs_11_\w+|academy_\w+", task):
+        return "grf", ("--scenario", task, *(["--share-parameters"] if task.startswith("11_vs_11") else []))
     return "smac", ("--map", task, "--simulator", "smax" if smax else "starcraft2")
 
 

@@ -241,6 +241,7 @@ def test_counts():
     assert len(jobs_of("table2", "--smax", "--seeds", "5")[0]) == 9 * 4
     assert len(jobs_of("figure3", "--seeds", "1")[0]) == 14 * existing("mamujoco")
     assert len(jobs_of("figure10", "--seeds", "1")[0]) == 4 * existing("mpe")
+    assert len(jobs_of("figure4", "--seeds", "1")[0]) == 2 * existing("grf")
     assert len(jobs_of("figure5", "--seeds", "1", "--tasks", "3s5z")[0]) == 2
     assert len(jobs_of("figure6", "--seeds", "1", "--tasks", "3s5z")[0]) == 6
     assert len(jobs_of("figure5-7", "--smax", "--seeds", "1")[0]) == 8
@@ -252,8 +253,9 @@ def test_counts():
 
 
 @pytest.mark.parametrize("matrix", run.MATRICES)
-def test_every_command_is_one_of_its_script(matrix):
+def test_every_command_is_one_of_its_script(matrix, monkeypatch):
     """All options exist and pass the script's own checks; the variants are named as plot.py names them."""
+    monkeypatch.setattr(run.load(ROOT / "a2po_grf.py"), "find_football", lambda: True)
     jobs, missing = jobs_of(matrix, "--seeds", "1", "--total-timesteps", "1000")
     assert jobs and len({job.name for job in jobs}) == len(jobs)
     assert not [name for name in missing if (ROOT / name).exists()]
@@ -270,6 +272,15 @@ def test_smax_tasks_are_those_of_the_script():
     module = run.load(ROOT / "a2po_smac.py")
     assert set(run.SMAC_MAPS) == set(module.TABLE_7)
     assert set(run.NOT_ON_SMAX) == set(run.SMAC_MAPS) - set(module.SMAX_MAPS)
+
+
+def test_football_tasks_are_those_of_the_script():
+    module = run.load(ROOT / "a2po_grf.py")
+    for task in module.SCENARIOS:
+        benchmark, options = run.task_options(task, smax=False)
+        assert benchmark == "grf" and options[:2] == ("--scenario", task)
+        assert ("--share-parameters" in options) == task.startswith("11_vs_11"), "as in the paper"
+    assert run.task_options("protoss_5_vs_5", smax=False)[0] == "smac"
 
 
 def test_mujoco_tasks_are_those_of_the_script():

@@ -640,7 +640,7 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
 @quiet
 @pytest.mark.parametrize("way", [Double.DIE, Double.HANG])
 def test_a_worker_s_other_games_are_lost_with_it(games, way):
-    """Five games in two workers, 0 1 2 and 3 4. Game 1 breaks its worker after the answer of game 0 and before game 2's,
+    """Five games in two workers, 0 1 2 and 3 4. Game 1 breaks its worker after game 0 has answered and before game 2,
     which has nothing to lose: it begins its next episode in the new process."""
     envs = games(5, timeout=1.0)
     envs.reset()
@@ -1049,7 +1049,7 @@ def scalars(run_dir):
 @engine
 @pytest.mark.parametrize("shared", ["--share-parameters", "--no-share-parameters"])
 def test_a_run_logs_everything_and_can_be_resumed(shared, tmp_path, monkeypatch):
-    """With either algorithm a run that is cut off and resumed, in fewer workers, ends where an uncut one ends, games included."""
+    """With either algorithm a run that is cut off and resumed in fewer workers ends where an uncut one ends."""
     weights = []
     for cut in (False, True):
         place = tmp_path / str(cut)
