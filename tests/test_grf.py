@@ -644,10 +644,9 @@ def test_a_worker_s_other_games_are_lost_with_it(games, way):
     which has nothing to lose: it begins its next episode in the new process."""
     envs = games(5, timeout=1.0)
     envs.reset()
-    early = [(0, 0, 0, 0, 0)] * 3
     state = envs.get_state()
-    for actions in early:
-        step(envs, *actions)
+    for _ in range(3):
+        step(envs, 0, 0, 0, 0, 0)
     ended = envs.get_state()
     envs.set_state([torch.tensor([False, False, True, False, False]), state[1], *state[2:4], ended[4], *state[5:]])
     obs, _, terminated, truncated, info = step(envs, 0, way, 0, 0, 0)
