@@ -193,7 +193,8 @@ PER_SECOND = ISOTROPIC * HALF_PITCH
 TEN_METRES = 10 / HALF_PITCH
 OPPONENT_GOAL = np.array([1.0, 0.0])
 OWN_GOAL = -OPPONENT_GOAL
-ROLES, GAME_MODES = np.eye(10), np.eye(7)  # one-hot
+ROLES = np.eye(10)  # one-hot
+GAME_MODES = np.eye(7)
 
 
 @functools.cache
