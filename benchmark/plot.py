@@ -463,7 +463,8 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
             handles[args.reference_label] = line
         episodes = {len(r["returns"]) for some in by.values() for run in some for r in run.records if r.get("returns")}
         ylabel = METRICS[metric] + (f" ({episodes.pop()} episodes)" if len(episodes) == len(runs) == 1 else "")
-        axes.set(xlabel="environment steps", ylabel=ylabel, title=task if len(runs) > 1 else "")
+        axes.set(xlabel="environment steps", ylabel=ylabel)
+        axes.set_title(task if len(runs) > 1 else "", fontsize="medium")
         if metric == "win_rate":
             axes.set_ylim(-0.02, 1.02)
         finish(axes)
