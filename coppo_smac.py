@@ -664,6 +664,17 @@ def write_checkpoint(path: Path, checkpoint: dict):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def new_run_dir(name: str) -> Path:
+    """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
+    while True:
+        run_dir = Path("runs") / f"{name}__{int(time.time())}"
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            time.sleep(0.1)
+
+
 def parse_args(argv=None) -> Args:
     """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
     args = tyro.cli(Args, args=argv)
@@ -768,9 +779,8 @@ def main(args: Args):
         envs.close()
         return
 
-    run_name = f"{args.map}-{simulator}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume) if args.resume else Path("runs") / run_name
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_name = f"{args.map}-{simulator}__{Path(__file__).stem}__{args.seed}"
+    run_dir = Path(args.resume) if args.resume else new_run_dir(run_name)
     packages = ("torch", "numpy", "gymnasium", "jaxmarl" if simulator == "smax" else "smacv2")
     config = dataclasses.asdict(args) | {"resume": "", "reason": reason, "script": Path(__file__).stem}
     config |= {"device": str(device), "versions": {name: importlib.metadata.version(name) for name in packages}}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -639,6 +640,14 @@ def test_checkpoints_are_renamed_into_place(script, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         script.write_checkpoint(path, {"number": 2})
     assert torch.load(path)["number"] == 1
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock, naps = iter([7.2, 7.3, 7.9, 8.1]), []
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: next(clock), sleep=naps.append))
+    assert [str(script.new_run_dir("a__1")) for _ in range(2)] == ["runs/a__1__7", "runs/a__1__8"]
+    assert len(naps) == 2 and all(Path("runs", name).is_dir() for name in ("a__1__7", "a__1__8"))
 
 
 # ---------------------------------------------------------------------------------------------------- wrong input
