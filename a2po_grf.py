@@ -65,7 +65,7 @@ class Args:
     num_workers: int | None = None
     """processes that share the games; by default one per core"""
     worker_timeout: float = 120.0
-    """seconds after which a game that does not answer is given up and begun anew"""
+    """seconds after which a worker whose game does not answer is given up and begun anew"""
 
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""

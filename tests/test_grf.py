@@ -56,7 +56,7 @@ WEIGHTS = dict.fromkeys(Reward.TERMS, 1.0)
 RUNNING, BOTTOM = tuple(range(1, 9)), 7
 KICK_OFF, GOAL_KICK, FREE_KICK, CORNER, _, PENALTY = range(1, 7)
 engine = pytest.mark.skipif(not a2po_grf.find_football(), reason="gfootball is not installed, the README says how")
-quiet = pytest.mark.filterwarnings("ignore:the process of game")
+quiet = pytest.mark.filterwarnings("ignore:football's worker")
 
 
 def raw(owner=None, mode=NORMAL, score=(0, 0), ball=(0.0, 0.0, 0.0), steps_left=3000, sticky=None, **changes):
