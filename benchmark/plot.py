@@ -121,6 +121,8 @@ def read_records(path: Path) -> list[dict]:
         if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
             usage_error(f"{path}:{number}", "must have a step and a win_rate or an episodic_return, all finite numbers")
         records[record["step"]] = record  # of two evaluations at one step, the later one
+    if list(records) != sorted(records):
+        warn(path, "its steps are not in order; have two runs written it?")
     return [records[step] for step in sorted(records)]
 
 
@@ -472,7 +474,8 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
     if len(runs) == 1:
         axes.legend(title=heading, title_fontsize="small", fontsize="small")
     else:
-        legend = {"loc": "outside lower center", "ncols": min(4, len(handles)), "title": heading}
+        inches = 0.65 + 0.075 * max(map(len, handles))  # of the widest entry
+        legend = {"loc": "outside lower center", "ncols": max(1, int(size[0] / inches)), "title": heading}
         figure.legend(handles.values(), handles.keys(), **legend)
     save(figure, args.out, args.title)
 

@@ -112,6 +112,14 @@ def test_last_line_that_was_cut_off(tmp_path, capsys):
     assert stop.value.code == 2 and "a__1.jsonl:1" in capsys.readouterr().err
 
 
+def test_steps_that_go_back_are_noticed(tmp_path, capsys):
+    """As where two runs wrote one file; a repeated evaluation is none of that."""
+    records = plot.read_records(write_run(tmp_path / "a2po_smac__1.jsonl", [0.0, 0.1, 0.2], (100, 200, 200)))
+    assert [record["win_rate"] for record in records] == [0.0, 0.2] and not capsys.readouterr().err
+    records = plot.read_records(write_run(tmp_path / "a2po_smac__1.jsonl", [0.0, 0.1, 0.2], (100, 300, 200)))
+    assert [record["step"] for record in records] == [100, 200, 300] and "not in order" in capsys.readouterr().err
+
+
 def test_records_come_by_step_and_the_later_of_two_counts(tmp_path):
     path = write_run(tmp_path / "t" / "a__1.jsonl", [0.1, 0.2, 0.3], [200, 100, 200])
     assert [(r["step"], r["win_rate"]) for r in plot.read_records(path)] == [(100, 0.2), (200, 0.3)]
