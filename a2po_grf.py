@@ -766,8 +766,7 @@ class FootballGames(gym.vector.VectorEnv):
         """Steps, and new episodes until each of them has begun; results as of `step`."""
         answers = self._ask(requests)
         while missing := [e for e, (method, _) in requests.items() if method == "reset" and e not in answers]:
-            begun = self._ask({e: ("reset", {}) for e in missing})
-            answers = {e: answer for e, answer in answers.items() if not self.lost[e]} | begun
+            answers |= self._ask({e: ("reset", {}) for e in missing})
         reward, ended = np.zeros(self.num_envs, np.float32), np.zeros((2, self.num_envs), bool)
         info = {"won": np.zeros(self.num_envs, bool), "crashed": np.zeros(self.num_envs, bool)}
         info["metrics"] = {name: np.full(self.num_envs, np.nan) for name in METRICS}

@@ -79,10 +79,8 @@ class BareEngines:
 class Games:
     def __init__(self, scenario: str, num_envs: int, processes: int):
         weights = dict.fromkeys(a2po_grf.Reward.TERMS, 1.0)
-        self.envs, self.rng = (
-            a2po_grf.FootballGames(scenario, num_envs, 0, weights, processes),
-            np.random.default_rng(0),
-        )
+        self.envs = a2po_grf.FootballGames(scenario, num_envs, 0, weights, processes)
+        self.rng = np.random.default_rng(0)
         self.envs.reset(seed=0)
 
     def cpu(self) -> float:
@@ -101,8 +99,28 @@ class Games:
         return {"clock": steps / (time.perf_counter() - begin), "cpu": steps / (self.cpu() - cpu)}
 
 
-def main(args: Args):
+def usage_error(option: str, value, allowed: str):
+    """One line; exit status 2."""
+    print(f"speed_grf.py: error: {option} {value}: {allowed}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_args(args: Args):
+    for name, value, lowest in (
+        ("--num-envs", min(args.num_envs, default=0), 1),
+        ("--processes", args.processes, 1),
+        ("--turns", args.turns, 1),
+        ("--seconds", args.seconds, 0.1),
+    ):
+        if not value >= lowest:
+            usage_error(name, value, f"must be at least {lowest}")
+    if args.out and not args.out.parent.is_dir():
+        usage_error("--out", args.out, "must be a file in a folder that exists")
     a2po_grf.check_scenario(args.scenario)
+
+
+def main(args: Args):
+    check_args(args)
     torch.set_num_threads(1)
     players = {"bare": BareEngines(args.scenario, args.processes)}
     players |= {str(count): Games(args.scenario, count, args.processes) for count in args.num_envs}

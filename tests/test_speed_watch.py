@@ -26,12 +26,22 @@ def load(name):
     return module
 
 
-speed, watch = load("speed"), load("watch")
+speed, speed_grf, watch = load("speed"), load("speed_grf"), load("watch")
 
 
 def only_line(capsys) -> str:
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
+
+
+# ------------------------------------------------------------------------------------------------------ speed_grf.py
+@pytest.mark.parametrize(
+    "options", ["--num-envs 0", "--processes 0", "--turns 0", "--seconds 0", "--out nowhere/x.json"]
+)
+def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed_grf.check_args(speed_grf.tyro.cli(speed_grf.Args, args=options.split()))
+    assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------- speed.py
