@@ -26,6 +26,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -33,6 +34,7 @@ import os
 import signal
 import sys
 import time
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,7 @@ class Args:
     total_timesteps: int = 100_000_000
     """environment steps of the run (the authors' setting for 5-vs-5); a step of all agents counts once"""
     num_envs: int | None = None
-    """games played at once; by default 4 per core, so that no core waits long for a slow game"""
+    """games played at once, in two halves that take turns; by default 4 per core"""
     num_steps: int | None = None
     """steps of each game per iteration; by default 1,000 in a match and 400, the whole of it, in a drill"""
     num_workers: int | None = None
@@ -578,8 +580,8 @@ class Football(gym.Env):
     def _build(self):
         os.environ |= {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_VIDEODRIVER": "dummy"}
         with contextlib.redirect_stderr(io.StringIO()):  # gym asks everyone to move on to gymnasium
+            from gfootball.env import football_env_core, observation_processor
             from gfootball.env.config import Config
-            from gfootball.env.football_env_core import FootballEnvCore
         agents = self.sizes["agents"]
 
         class Controlled(Config):
@@ -597,10 +599,13 @@ class Football(gym.Env):
                     team[player].controllable = player in forward[:agents]
 
         self.config = Controlled({"level": self.scenario, "players": [f"agent:left_players={agents}"]})
-        # Not FootballEnv, which copies each agent its own dictionary of all arrays, twice a step.
-        self.game = FootballEnvCore(self.config)
+        # Not FootballEnv, which copies each agent its own dictionary of all arrays, twice a step. The core copies them
+        # too, and keeps the last hundred for replays; nobody changes them or watches, and the copies fill the caches.
+        football_env_core.copy = types.SimpleNamespace(deepcopy=lambda observation: observation)
+        observation_processor.PAST_STEPS_TRACE_SIZE = 1
+        self.game = football_env_core.FootballEnvCore(self.config)
 
-    def _observe(self):
+    def observe(self) -> dict[str, np.ndarray]:
         raw = self.raw
         alive = np.array([player >= 0 for player in raw["left_agent_controlled_player"]], np.int8)
         mask = action_mask(raw).astype(np.int8)
@@ -608,6 +613,11 @@ class Football(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.begin(seed)
+        return self.observe(), {"won": False}
+
+    def begin(self, seed=None):
+        """A new episode: `reset` without the observation."""
         if seed is not None:
             self.seed, self.build, self.episode = seed, 0, 0
         if self.game is None:
@@ -623,9 +633,13 @@ class Football(gym.Env):
         self.game.reset()
         self.raw = self.game.observation()
         self.behaviour, self.reward = Behaviour(self.raw), Reward(self.raw, self.weights)
-        return self._observe(), {"won": False}
 
     def step(self, action):
+        results = self.advance(action)
+        return self.observe(), *results
+
+    def advance(self, action) -> tuple[float, bool, bool, dict]:
+        """`step` without the observation."""
         actions = [int(choice) for choice in action]
         self.raw, _, done, _ = self.game.step(actions)
         self.behaviour.update(self.raw, actions)
@@ -635,7 +649,7 @@ class Football(gym.Env):
             info["metrics"] = self.behaviour.result()
             info["metrics"] |= {f"reward_{term}": total for term, total in self.reward.totals.items()}
         timed_out = done and self.raw["steps_left"] <= 0 and "academy" in self.scenario
-        return self._observe(), reward, done and not timed_out, timed_out, info
+        return reward, done and not timed_out, timed_out, info
 
     def get_state(self) -> bytes:
         """Everything that the rest of the episode and the next ones depend on; the engine pickles what it is given."""
@@ -643,16 +657,15 @@ class Football(gym.Env):
         return self.game.get_state(numbers | {"behaviour": vars(self.behaviour), "reward": vars(self.reward)})
 
     def set_state(self, state: bytes):
-        """Back to what get_state was called on, in this process or another one; returns the observation there."""
+        """Back to what get_state was called on, in this process or another one."""
         if self.game is None:
-            self.reset()
+            self.begin()
         saved = self.game.set_state(state)
         self.game._step_count = 1  # gfootball raises an error where an episode ends with the first step after a reset
         self.raw = self.game.observation()
         self.seed, self.build, self.episode = saved["seed"], saved["build"], saved["episode"]
         vars(self.behaviour).update(saved["behaviour"])
         vars(self.reward).update(saved["reward"], weights=self.weights)
-        return (self._observe(),)
 
     def close(self):
         if self.game is not None:
@@ -661,8 +674,8 @@ class Football(gym.Env):
 
 
 def play_football(connection, main_end, scenario: str, weights: dict[str, float], games: list[tuple[int, int]]):
-    """A worker process: a Football for each (seed, build); answers lists of (game, method, arguments), one message for
-    each, until the main process is gone.
+    """A worker process: a Football for each (seed, build). A message is a list of (game, method, arguments), the answer
+    a list of (observation, result), until the main process is gone.
     """
     os.setsid()  # Ctrl-C and the like reach a whole session, but to end the workers is the main process's task
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a worker that is started later inherits the main process's handler
@@ -670,8 +683,10 @@ def play_football(connection, main_end, scenario: str, weights: dict[str, float]
     games = [Football(scenario, weights, seed, build) for seed, build in games]
     try:
         while True:
-            for number, method, inputs in connection.recv():
-                connection.send(getattr(games[number], method)(**inputs))
+            requests = connection.recv()
+            results = [getattr(games[number], method)(**inputs) for number, method, inputs in requests]
+            # All features after all steps: the engine drives what they work with out of the caches.
+            connection.send([(games[k].observe(), result) for (k, *_), result in zip(requests, results, strict=True)])
     except (EOFError, OSError):
         pass
 
@@ -687,9 +702,12 @@ class FootballGames(gym.vector.VectorEnv):
     (N, n), 0 for a player who is sent off. Rewards are the team's, (N,). `info["won"]` (N,) tells of the episode that
     the step ended, `info["metrics"]`, name -> (N,), its numbers: Behaviour's and Reward's, nan where no episode ended.
 
-    A worker that dies, or in which a game does not answer for `timeout` seconds, is replaced: `info["crashed"]` (N,)
-    marks the step of its games in which that happened, which ends their episodes and is no sample; `crashes` counts
-    them. But for that the number of workers changes nothing.
+    `step` is `step_async` and `step_wait`, which take a part of the games too. Whoever plays the two `halves` in turn
+    keeps the workers busy while it looks at one of them: all workers have games of both.
+
+    A worker that dies, or does not answer for `timeout` seconds, is replaced: `info["crashed"]` (N,) marks the step of
+    its games in which that happened, which ends their episodes and is no sample; `crashes` counts these episodes. But
+    for that the number of workers changes nothing.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
@@ -705,9 +723,9 @@ class FootballGames(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.obs = gym.vector.utils.create_empty_array(self.single_observation_space, num_envs)
         self.builds, self.final, self.lost = [0] * num_envs, np.ones(num_envs, bool), np.zeros(num_envs, bool)
-        workers = min(num_workers, num_envs)
-        self.shares = [share.tolist() for share in np.array_split(np.arange(num_envs), workers)]  # games of each worker
-        self.place = {e: (number, w) for w, share in enumerate(self.shares) for number, e in enumerate(share)}
+        middle, workers = (num_envs + 1) // 2, min(num_workers, num_envs)
+        self.halves = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+        self.shares = [range(w, num_envs, workers) for w in range(workers)]  # games of each worker
         self.processes, self.connections, self.failures = [None] * workers, [None] * workers, [0] * workers
         for w in range(workers):
             self._start(w)
@@ -730,6 +748,7 @@ class FootballGames(gym.vector.VectorEnv):
         self.processes[w].join()
 
     def _replace(self, w: int, reason: str):
+        """All that its games were asked for is lost, and the games are."""
         self.failures[w], self.lost[self.shares[w]] = self.failures[w] + 1, True
         games = ", ".join(map(str, self.shares[w]))
         warnings.warn(f"football's worker {w} {reason}; the episodes of its games {games} are dropped", stacklevel=2)
@@ -739,83 +758,91 @@ class FootballGames(gym.vector.VectorEnv):
             self.close()
             raise GameDied(f"football failed {self.failures[w]} times without a whole episode on {self.scenario}")
 
-    def _ask(self, requests: dict) -> dict:
-        """Environment -> (method, arguments), answered by environment -> result, without those that are lost."""
-        answers, failed = {}, set()
+    def _send(self, requests: dict):
+        """Environment -> (method, arguments); one message to each worker, but nothing for games that are lost."""
         for w, share in enumerate(self.shares):
-            with contextlib.suppress(OSError):  # it is dead, as its answers will show
-                self.connections[w].send([(self.place[e][0], *requests[e]) for e in share if e in requests])
-        deadlines = [time.monotonic() + self.timeout] * len(self.shares)
-        for e in sorted(requests, key=self.place.get):  # the first games of all workers come first
-            _, w = self.place[e]
-            if w in failed:
+            if message := [(k, *requests[e]) for k, e in enumerate(share) if e in requests and not self.lost[e]]:
+                with contextlib.suppress(OSError):  # it is dead, as its answers will show
+                    self.connections[w].send(message)
+
+    def _receive(self, asked) -> dict:
+        """Environment -> result of the oldest message to these environments, without those that are lost; what they
+        observe goes into `obs`."""
+        answers = {}
+        for w, share in enumerate(self.shares):
+            games = [e for e in share if e in asked and not self.lost[e]]
+            if not games:
                 continue
-            reason = f"did not answer for {self.timeout:g} s"
             try:
-                if self.connections[w].poll(max(0.0, deadlines[w] - time.monotonic())):
-                    answers[e], self.lost[e] = self.connections[w].recv(), False
-                    deadlines[w] = time.monotonic() + self.timeout
+                if self.connections[w].poll(self.timeout):
+                    for e, (obs, answers[e]) in zip(games, self.connections[w].recv(), strict=True):
+                        for name, value in obs.items():
+                            self.obs[name][e] = value
                     continue
+                reason = f"did not answer for {self.timeout:g} s"
             except (EOFError, OSError):
                 reason = "died"
-            failed.add(w)
             self._replace(w, reason)
-        return {e: answer for e, answer in answers.items() if not self.lost[e]}
-
-    def _play(self, requests: dict):
-        """Steps, and new episodes until each of them has begun; results as of `step`."""
-        answers = self._ask(requests)
-        while missing := [e for e, (method, _) in requests.items() if method == "reset" and e not in answers]:
-            answers |= self._ask({e: ("reset", {}) for e in missing})
-        reward, ended = np.zeros(self.num_envs, np.float32), np.zeros((2, self.num_envs), bool)
-        info = {"won": np.zeros(self.num_envs, bool), "crashed": np.zeros(self.num_envs, bool)}
-        info["metrics"] = {name: np.full(self.num_envs, np.nan) for name in METRICS}
-        for e in range(self.num_envs):
-            if e not in answers:  # the game is lost; its last observation once more
-                info["crashed"][e] = ended[1, e] = True
-                self.crashes += 1
-                continue
-            self._keep(e, answers[e][0])
-            if requests[e][0] == "step":
-                _, reward[e], *ended[:, e], about = answers[e]
-                info["won"][e] = about["won"]
-                for name, value in about.get("metrics", {}).items():
-                    info["metrics"][name][e] = value
-                if ended[:, e].any():
-                    self.failures[self.place[e][1]] = 0
-        self.lost[:], self.final = False, ended.any(0)
-        return {name: value.copy() for name, value in self.obs.items()}, reward, *ended, info
-
-    def _keep(self, e: int, obs: dict):
-        for name, value in obs.items():
-            self.obs[name][e] = value
+        return answers
 
     def reset(self, *, seed=None, options=None):
         self.seed = self.seed if seed is None else seed
-        seeds = [{} if seed is None else {"seed": 1000 * seed + e} for e in range(self.num_envs)]
-        obs, *_, info = self._play({e: ("reset", seeds[e]) for e in range(self.num_envs)})
-        return obs, info
+        missing = {e: ("begin", {} if seed is None else {"seed": 1000 * seed + e}) for e in range(self.num_envs)}
+        while missing:
+            self.lost[:] = False
+            self._send(missing)
+            self._receive(missing)
+            missing = {e: ("begin", {}) for e in missing if self.lost[e]}
+        self.final[:] = False
+        return {name: value.copy() for name, value in self.obs.items()}, {}
 
     def step(self, actions):
-        actions, playing = np.asarray(actions).tolist(), np.flatnonzero(~self.lost).tolist()
-        return self._play({e: ("reset", {}) if self.final[e] else ("step", {"action": actions[e]}) for e in playing})
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions, part=slice(None)):
+        """Ask the games of a part for a step, those whose episode has ended for the next one's beginning."""
+        actions = zip(range(self.num_envs)[part], np.asarray(actions).tolist(), strict=True)
+        self._send({e: ("begin", {}) if self.final[e] else ("advance", {"action": action}) for e, action in actions})
+
+    def step_wait(self, part=slice(None)):
+        """The results of `step` for a part; parts are waited for in the order in which they were asked."""
+        games = range(self.num_envs)[part]
+        answers, reward, ended = self._receive(games), np.zeros(len(games), np.float32), np.zeros((2, len(games)), bool)
+        info = {"won": np.zeros(len(games), bool), "crashed": np.zeros(len(games), bool)}
+        info["metrics"] = {name: np.full(len(games), np.nan) for name in METRICS}
+        for k, e in enumerate(games):
+            if e not in answers:  # the game is lost; its last observation once more
+                info["crashed"][k] = ended[1, k] = True
+                self.crashes += not self.final[e]
+                continue
+            if not self.final[e]:
+                reward[k], *ended[:, k], about = answers[e]
+                info["won"][k] = about["won"]
+                for name, value in about.get("metrics", {}).items():
+                    info["metrics"][name][k] = value
+                if ended[:, k].any():
+                    self.failures[e % len(self.shares)] = 0
+        self.lost[part], self.final[part] = False, ended.any(0)
+        return {name: value[part].copy() for name, value in self.obs.items()}, reward, *ended, info
 
     def get_state(self) -> list[torch.Tensor]:
         """All games, for checkpoints and to leave training untouched by an evaluation.
 
         They hold pickles of the engine's making: `--resume` no run that you would not run code of.
         """
-        answers = self._ask({e: ("get_state", {}) for e in np.flatnonzero(~self.lost).tolist()})
+        self._send({e: ("get_state", {}) for e in range(self.num_envs)})
+        answers = self._receive(range(self.num_envs))
         games = [torch.frombuffer(bytearray(answers.get(e, b"-")), dtype=torch.uint8) for e in range(self.num_envs)]
         return [torch.from_numpy(self.final.copy()), torch.tensor(self.builds), *games]
 
     def set_state(self, tensors: list[torch.Tensor]):
         """A game that was or is lost on the way ends its episode with the next step, as one that breaks there."""
         self.final, self.builds = tensors[0].numpy().copy(), tensors[1].tolist()
-        games = {e: tensor.numpy().tobytes() for e, tensor in enumerate(tensors[2:])}
-        self.lost[:] = [len(game) == 1 for game in games.values()]
-        for e, answer in self._ask({e: ("set_state", {"state": games[e]}) for e in games if not self.lost[e]}).items():
-            self._keep(e, answer[0])
+        games = [tensor.numpy().tobytes() for tensor in tensors[2:]]
+        self.lost[:] = [len(game) == 1 for game in games]
+        self._send({e: ("set_state", {"state": game}) for e, game in enumerate(games)})
+        self._receive(range(self.num_envs))
 
     def close_extras(self, **options):
         for w in range(len(self.shares)):
@@ -1310,35 +1337,41 @@ def main(args: Args):
         rollout_begin, crashes_before = time.perf_counter(), envs.crashes
         with torch.no_grad():
             act = joint_step(actors)
-            for t in range(T + 1):
-                for buffer, name in ((obs, "obs"), (state, "state"), (alive, "alive")):
-                    buffer[t] = torch.as_tensor(next_obs[name])
-                start[t], final[t] = next_start, next_final
-                if t == T:
-                    break
-                masks[t] = torch.as_tensor(next_obs["action_mask"])
-                if t % L == 0:
-                    actor_hidden[t // L] = hidden["actor"]
-                starts = start[t].unsqueeze(-1).expand(-1, n)
-                logits, states = act(*(by_network(x, m) for x in (obs[t], hidden["actor"], starts)))
-                policy = masked_policy(by_agent(logits, n), masks[t])
-                actions[t] = policy.sample()
-                log_probs[t] = policy.log_prob(actions[t])
-                hidden["actor"] = by_agent(states, n)
+            # One half of the games after the other: the workers play the one while the policy looks at the other.
+            for t, half in itertools.product(range(T + 1), envs.halves):
+                if t > 0:  # the step that was asked for at t - 1
+                    new_obs, reward, term, trunc, info = envs.step_wait(half)
+                    for name, value in new_obs.items():
+                        next_obs[name][half] = value
+                    crashed, reward = torch.as_tensor(info["crashed"]), torch.as_tensor(reward)
+                    lost = torch.max(final[t - 1, half], crashed.to(device))
+                    final[t - 1, half] = lost  # no sample; the one before it ends the trace
+                    rewards[t - 1, half, 0], terminated[t - 1, half] = reward, torch.as_tensor(term)
+                    next_start[half], next_final[half] = next_final[half], torch.as_tensor(term | trunc).float()
+                    episode_return[half] = (episode_return[half] + reward) * (1 - next_start[half])
+                    episode_length[half] = (episode_length[half] + 1) * (1 - next_start[half])
+                    for k in np.flatnonzero((term | trunc) & ~info["crashed"]):
+                        episode = {name: float(numbers[k]) for name, numbers in info["metrics"].items()}
+                        episode |= {"episodic_return": float(episode_return[half][k])}
+                        episode |= {"episodic_length": float(episode_length[half][k])}
+                        for name, value in episode.items():
+                            recent.setdefault(name, []).append(value)
 
-                next_obs, reward, term, trunc, info = envs.step(actions[t].cpu().numpy())
-                crashed = torch.as_tensor(info["crashed"])
-                final[t] = torch.max(final[t], crashed.to(device))  # no sample; the one before it ends the trace
-                rewards[t, :, 0], terminated[t] = torch.as_tensor(reward), torch.as_tensor(term)
-                next_start, next_final = next_final, torch.as_tensor(term | trunc).float()
-                episode_return = (episode_return + torch.as_tensor(reward)) * (1 - next_start)
-                episode_length = (episode_length + 1) * (1 - next_start)
-                for e in np.flatnonzero((term | trunc) & ~info["crashed"]):
-                    episode = {name: float(numbers[e]) for name, numbers in info["metrics"].items()}
-                    episode |= {"episodic_return": float(episode_return[e])}
-                    episode |= {"episodic_length": float(episode_length[e])}
-                    for name, value in episode.items():
-                        recent.setdefault(name, []).append(value)
+                for buffer, name in ((obs, "obs"), (state, "state"), (alive, "alive")):
+                    buffer[t, half] = torch.as_tensor(next_obs[name][half])
+                start[t, half], final[t, half] = next_start[half], next_final[half]
+                if t == T:
+                    continue
+                masks[t, half] = torch.as_tensor(next_obs["action_mask"][half])
+                if t % L == 0:
+                    actor_hidden[t // L, half] = hidden["actor"][half]
+                starts = start[t, half].unsqueeze(-1).expand(-1, n)
+                logits, states = act(*(by_network(x, m) for x in (obs[t, half], hidden["actor"][half], starts)))
+                policy = masked_policy(by_agent(logits, n), masks[t, half])
+                choice = policy.sample()
+                envs.step_async(choice.cpu().numpy(), half)
+                actions[t, half], log_probs[t, half] = choice, policy.log_prob(choice)
+                hidden["actor"][half] = by_agent(states, n)
 
             # Critic values for the whole rollout, in units of return, as the normaliser is now.
             critic_inputs = torch.cat([state.unsqueeze(2).expand(-1, -1, n, -1), obs], -1)

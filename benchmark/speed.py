@@ -131,6 +131,30 @@ class Synthetic(gym.vector.VectorEnv):
         pass
 
 
+class SyntheticHalves(Synthetic):
+    """With what Football has besides: the halves of the environments can be played in turn."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        middle = (self.num_envs + 1) // 2
+        self.crashes, self.halves = 0, [slice(0, middle), slice(middle, self.num_envs)][: self.num_envs]
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset()
+        return {name: value.copy() for name, value in obs.items()}, info
+
+    def step_async(self, actions, half):
+        pass
+
+    def step_wait(self, half):
+        if half == self.halves[0]:
+            self._results = self.step(None)
+        obs, *results, _ = self._results
+        info = {name: self._info[name][half] for name in ("won", "crashed")}
+        info["metrics"] = {name: values[half] for name, values in self._info["metrics"].items()}
+        return {name: value[half] for name, value in obs.items()}, *(part[half] for part in results), info
+
+
 def masked_spaces(n: int, obs_dim: int, state_dim: int, n_actions: int):
     """Of the games with dead agents and unavailable actions."""
     observations = gym.spaces.Dict(
@@ -155,9 +179,7 @@ def grf(script, shape, num_envs):  # 5_vs_5
     shape = {"n": 4, "obs_dim": sizes["obs"].shape[1], "state_dim": sizes["state"].shape[0], "n_actions": 19} | shape
     info = {name: np.zeros(num_envs, bool) for name in ("won", "crashed")}
     info["metrics"] = {name: np.zeros(num_envs) for name in script.METRICS}
-    envs = Synthetic(*masked_spaces(**shape), num_envs, info=info)
-    envs.crashes = 0
-    return envs
+    return SyntheticHalves(*masked_spaces(**shape), num_envs, info=info)
 
 
 def mpe(script, shape, num_envs):  # 3 agents

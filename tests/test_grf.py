@@ -1,5 +1,6 @@
 """Tests of the football environment: on scripted raw observations, on a double of the game, and on the real engine."""
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -530,18 +531,17 @@ class Double(gym.Env):
         self.observation_space = gym.spaces.Dict(obs=gym.spaces.Box(-np.inf, np.inf, (1, 4), np.float32))
         self.action_space = gym.spaces.MultiDiscrete([9])
 
-    def _observe(self):
+    def observe(self):
         return {"obs": np.array([[self.seed, self.build, self.episode, self.time]], np.float32)}
 
-    def reset(self, seed=None):
+    def begin(self, seed=None):
         if self.build in Double.broken_builds and self.seed % 1000 == 0:
             os._exit(1)
         self.episode, self.time = self.episode + 1, 0
         if seed is not None:
             self.seed, self.build, self.episode = seed, 0, 1
-        return self._observe(), {"won": False}
 
-    def step(self, action):
+    def advance(self, action):
         if action[0] == self.DIE:
             os._exit(1)
         if action[0] == self.HANG:
@@ -551,14 +551,13 @@ class Double(gym.Env):
         self.time += 1
         ended = self.time == 3
         info = {"won": ended, "metrics": dict.fromkeys(METRICS, float(self.episode))} if ended else {"won": False}
-        return self._observe(), float(self.time), ended and self.seed % 2 == 0, ended and self.seed % 2 == 1, info
+        return float(self.time), ended and self.seed % 2 == 0, ended and self.seed % 2 == 1, info
 
     def get_state(self):
         return bytes([self.episode, self.time])
 
     def set_state(self, state):
         self.episode, self.time = state
-        return (self._observe(),)
 
 
 @pytest.fixture
@@ -585,7 +584,7 @@ def step(envs, *actions):
 @pytest.mark.filterwarnings("error")
 def test_next_step_autoreset(games):
     envs = games()
-    obs, info = envs.reset()
+    obs, _ = envs.reset()
     assert obs["obs"][:, 0].tolist() == [[3000, 0, 1, 0], [3001, 0, 1, 0]]
     step(envs, 0, 0)
     obs, reward, terminated, truncated, info = step(envs, 0, 0)
@@ -604,9 +603,8 @@ def test_next_step_autoreset(games):
 
 def test_observations_are_not_written_over(games):
     envs = games()
-    first, _ = envs.reset()
-    step(envs, 0, 0)
-    assert first["obs"][0, 0, 3] == 0
+    seen = [envs.reset()[0], *(envs.step([[0], [0]])[0] for _ in range(2))]
+    assert [obs["obs"][0, 0, 3] for obs in seen] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("way", ["dies", "hangs", "raises", "killed", "stopped"])
@@ -640,22 +638,71 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
 @quiet
 @pytest.mark.parametrize("way", [Double.DIE, Double.HANG])
 def test_a_worker_s_other_games_are_lost_with_it(games, way):
-    """Five games in two workers, 0 1 2 and 3 4. Game 1 breaks its worker after game 0 has answered and before game 2,
-    which has nothing to lose: it begins its next episode in the new process."""
+    """Five games in two workers, 0 2 4 and 1 3. Game 2 breaks its worker after game 0 has played and before game 4,
+    which has no episode to lose: it should begin one, and does so with the next step."""
     envs = games(5, timeout=1.0)
     envs.reset()
     state = envs.get_state()
     for _ in range(3):
         step(envs, 0, 0, 0, 0, 0)
     ended = envs.get_state()
-    envs.set_state([torch.tensor([False, False, True, False, False]), state[1], *state[2:4], ended[4], *state[5:]])
-    obs, _, terminated, truncated, info = step(envs, 0, way, 0, 0, 0)
-    assert info["crashed"].tolist() == [True, True, False, False, False] and envs.crashes == 2
-    assert truncated == [True, True, False, False, False] and not any(terminated)
-    assert obs[2:] == [[3002, 1, 1, 0], [3003, 0, 1, 1], [3004, 0, 1, 1]]
+    envs.set_state([torch.tensor([False, False, False, False, True]), state[1], *state[2:6], ended[6]])
+    obs, reward, terminated, truncated, info = step(envs, 0, 0, way, 0, 0)
+    assert info["crashed"].tolist() == [True, False, True, False, True] and envs.crashes == 2
+    assert truncated == [True, False, True, False, True] and not any(terminated)
+    assert obs[1] == [3001, 0, 1, 1] and obs[3] == [3003, 0, 1, 1] and reward == [0, 1, 0, 1, 0]
     obs, _, _, _, info = step(envs, 0, 0, 0, 0, 0)
     assert not info["crashed"].any() and envs.crashes == 2
-    assert obs == [[3000, 1, 1, 0], [3001, 1, 1, 0], [3002, 1, 1, 1], [3003, 0, 1, 2], [3004, 0, 1, 2]]
+    assert obs == [[3000, 1, 1, 0], [3001, 0, 1, 2], [3002, 1, 1, 0], [3003, 0, 1, 2], [3004, 1, 1, 0]]
+
+
+def play_halves(envs, actions):
+    """The halves in turn, as in a rollout, with actions (steps, N): for each step the results of both halves."""
+    played = []
+    for t, half in itertools.product(range(len(actions) + 1), envs.halves):
+        if t > 0:
+            obs, reward, terminated, truncated, info = envs.step_wait(half)
+            rows = [obs["obs"][:, 0], reward, terminated, truncated, info["crashed"], info["metrics"]["goal"]]
+            played += zip(*(row.tolist() for row in rows), strict=True)
+        if t < len(actions):
+            envs.step_async([[action] for action in actions[t][half]], half)
+    return [played[k : k + envs.num_envs] for k in range(0, len(played), envs.num_envs)]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_workers", [1, 2, 9])
+def test_halves_are_the_games_of_whole_steps(games, num_envs, num_workers):
+    envs, whole = games(num_envs, num_workers=num_workers), games(num_envs, num_workers=num_workers)
+    envs.reset(), whole.reset()
+    together = [e for half in envs.halves for e in range(num_envs)[half]]
+    assert together == list(range(num_envs)) and len(envs.halves) == min(num_envs, 2)
+    for moves in play_halves(envs, np.zeros((9, num_envs), int)):
+        obs, reward, terminated, truncated, info = step(whole, *[0] * num_envs)
+        results = (obs, reward, terminated, truncated, info["crashed"].tolist(), info["metrics"]["goal"].tolist())
+        assert str(moves) == str(list(zip(*results, strict=True)))
+    assert str(envs.get_state()) == str(whole.get_state())
+
+
+@quiet
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_worker_breaks_while_both_halves_are_under_way(games, broken):
+    """Four games in two workers, 0 2 and 1 3, the halves 0 1 and 2 3. Both games of worker 0 lose the step that they
+    were asked for, whichever of them broke, and begin anew with the next one; worker 1's go on."""
+    envs = games(4)
+    envs.reset()
+    actions = np.zeros((5, 4), int)
+    actions[1, broken] = Double.DIE
+    steps = play_halves(envs, actions)
+    # A break in half 1 comes to light with that half; by then half 0 has played step 1, and has been asked for step 2.
+    lost_at = {0: 1 if broken == 0 else 2, 2: 1}
+    for t, moves in enumerate(steps):
+        for e in (0, 2):
+            assert moves[e][4] == (t == lost_at[e]), (t, e)
+            if t > lost_at[e]:
+                assert moves[e][0] == [3000 + e, 1, 1, t - lost_at[e] - 1], (t, e)
+        for e in (1, 3):
+            assert not moves[e][4] and moves[e][0] == [3000 + e, 0, *((1, t + 1) if t < 3 else (2, t - 3))], (t, e)
+    assert envs.crashes == 2 and envs.failures == [1, 0]
 
 
 @quiet
@@ -685,9 +732,9 @@ def test_the_number_of_workers_changes_nothing(games, num_workers):
 def test_a_worker_that_breaks_at_the_reset_is_replaced_too(games):
     Double.broken_builds = (0, 1)
     envs = games()
-    obs, info = envs.reset()
+    obs, _ = envs.reset()
     assert obs["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 0, 1, 0]]
-    assert not info["crashed"].any() and envs.crashes == 0, "no episode had begun"
+    assert envs.crashes == 0, "no episode had begun"
 
 
 @quiet
@@ -831,7 +878,7 @@ def random_actions(obs, rng):
 def play(game, steps, seed=0):
     """(observation, reward, terminated, truncated, info) of random steps; new episodes begin where one ends."""
     rng, stream = np.random.default_rng(seed), []
-    obs = game._observe()
+    obs = game.observe()
     for _ in range(steps):
         stream.append(game.step(random_actions(obs, rng)))
         obs = stream[-1][0]
@@ -1080,24 +1127,24 @@ def test_a_run_logs_everything_and_can_be_resumed(shared, tmp_path, monkeypatch)
 @engine
 def test_training_goes_on_when_a_game_dies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    step, log = FootballGames.step, []
+    step_wait, log = FootballGames.step_wait, []
 
-    def step_and_kill(self, actions):
-        if len(log) == 25:
+    def kill_and_wait(self, half):
+        if len(log) == 50:
             os.kill(self.processes[1].pid, signal.SIGKILL)
-        result = step(self, actions)
+        result = step_wait(self, half)
         log.append((result[2] | result[3], result[4]["crashed"]))
         return result
 
-    monkeypatch.setattr(FootballGames, "step", step_and_kill)
+    monkeypatch.setattr(FootballGames, "step_wait", kill_and_wait)
     monkeypatch.setattr(a2po_grf, "evaluate", lambda *_: {name: [0.0] for name in ("score", *Behaviour.NAMES)})
     with pytest.warns(UserWarning, match="worker 1 died"):
         run_dir = train("--total-timesteps 110 --eval-every 1000000")
     progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
     # All steps of 2 games, less the one that was lost and the fillers after an episode's end.
-    fillers = sum(int(ended.sum()) for ended, _ in log[:-1])
+    fillers = sum(int(ended.sum()) for ended, _ in log[:-2])  # two halves a step
     assert sum(int(crashed.sum()) for _, crashed in log) == progress["crashes"] == 1
-    assert progress["global_step"] == 2 * len(log) - fillers - 1
+    assert progress["global_step"] == len(log) - fillers - 1
 
 
 @engine

@@ -16,7 +16,7 @@ import a2po_grf
 from a2po_grf import METRICS, RecurrentNetwork, by_agent, by_network, joint_step
 
 # The options of the last line are such that both clips, the line of the value loss and the norm matter.
-SMALL = {"scenario": "academy_3_vs_1_with_keeper", "seed": 3, "total_timesteps": 30, "num_envs": 2, "num_steps": 12}
+SMALL = {"scenario": "academy_3_vs_1_with_keeper", "seed": 3, "total_timesteps": 40, "num_envs": 3, "num_steps": 12}
 SMALL |= {"chunk_length": 4, "hidden_size": 8, "update_epochs": 4, "agent_blocks": 2, "eval_every": 10**9}
 SMALL |= {"eval_episodes": 2, "save_every": 10**9, "torch_threads": 1, "cuda": False, "learning_rate": 3e-3}
 SMALL |= {"gae_lambda": 0.9, "clip_adaptation": 0.25, "ent_coef": 0.1}
@@ -33,7 +33,24 @@ class Match(Skirmish):
 
     def __init__(self, num_envs, junk):
         super().__init__(num_envs, junk)
-        self.crashes = 0
+        self.crashes, self.halves = 0, [slice(0, 1), slice(1, num_envs)]
+        self.asked = np.zeros((num_envs, self.n), int)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset()
+        return {name: value.copy() for name, value in obs.items()}, info
+
+    def step_async(self, actions, half):
+        self.asked[half] = actions
+
+    def step_wait(self, half):
+        """Both halves have been asked for their step by the time that one waits for the first."""
+        if half == self.halves[0]:
+            self.both = self.step(self.asked)
+        obs, *results, info = self.both
+        metrics = {name: values[half] for name, values in info["metrics"].items()}
+        obs = {name: value[half].copy() for name, value in obs.items()}
+        return obs, *(part[half] for part in results), {"crashed": info["crashed"][half], "metrics": metrics}
 
     def step(self, actions):
         crashed = np.array([(len(self.record), e) in self.CRASHES for e in range(self.num_envs)])
@@ -96,7 +113,7 @@ class Plain:
         self.agents = [(e, i) for e in range(self.N) for i in range(self.n)]
         self.hidden = {(kind, *a): torch.zeros(args.hidden_size) for kind in ("actor", "critic") for a in self.agents}
         self.begins, self.over = [True] * self.N, [False] * self.N
-        self.score, self.scores, self.steps_done = [0.0] * self.N, [], 0
+        self.score, self.length, self.steps_done = [0.0] * self.N, [0] * self.N, 0
         kinds = ("own clip", "inner clip", "trace cut", "value clip", "huber", "actor norm", "critic norm")
         self.active = dict.fromkeys(kinds, 0)
 
@@ -136,6 +153,7 @@ class Plain:
         names = "before actions reward terminated ended crashed after".split()
         self.steps = [types.SimpleNamespace(**dict(zip(names, step, strict=True))) for step in record]
         self.log_prob, self.values, self.stored, self.first, self.valid = {}, {}, {}, {}, set()
+        self.scores, self.lengths = [], []
         mean, std = self.unit()
         for t in range(self.T + 1):
             alive = (self.steps[t].before if t < self.T else self.steps[-1].after)["alive"]
@@ -169,11 +187,14 @@ class Plain:
             if not (self.over[e] or crashed):
                 self.valid.add((t, e))
                 self.score[e] += float(self.steps[t].reward[e])
+                self.length[e] += 1
                 if ended:
                     self.scores.append(self.score[e])
+                    self.lengths.append(self.length[e])
             self.begins[e] = self.over[e] and not crashed
             self.over[e] = bool(ended)
             self.score[e] *= not self.over[e]
+            self.length[e] *= not self.over[e]
 
     def alive(self, t, e, i):
         return self.steps[t].before["alive"][e, i]
@@ -298,8 +319,8 @@ def test_training_is_the_algorithm_in_plain_loops(shared, blocks, train):
     for k in range(2):
         plain.collect(record[k * T : (k + 1) * T])
         plain.update(sorted(range(plain.n), key=lambda i, k=k: places[i][k]))
-        if k == 0:
-            assert logged["charts/episodic_return"][0] == pytest.approx(np.mean(plain.scores), rel=1e-5)
+        assert logged["charts/episodic_return"][k] == pytest.approx(np.mean(plain.scores), rel=1e-5)
+        assert logged["charts/episodic_length"][k] == pytest.approx(np.mean(plain.lengths))
     plain.assert_same(checkpoint)
     assert checkpoint["progress"]["global_step"] == plain.steps_done
     assert checkpoint["progress"]["crashes"] == len(Match.CRASHES)
