@@ -1,6 +1,6 @@
 """Table 1 made visible: the paper's bounds against exact surrogate errors on random small cooperative games.
 
-    python benchmark/bounds.py --games 5000 --out benchmark/results/bounds
+    python benchmark/bounds.py --games 5000 --out benchmark/results/table1
 
 A game is a table: states, joint actions, transitions, a team reward, a start distribution. Then everything in Section 3
 has a value that linear algebra gives without sampling: returns J, advantages A, visits d, total-variation distances

@@ -1,6 +1,6 @@
 """Tables and figures of runs: learning curves, sample efficiency, probability of improvement, the paper's table.
 
-    python benchmark/plot.py benchmark/results/smax-3s5z --out curves.png curves.svg
+    python benchmark/plot.py benchmark/results/table2/3s5z-smax --out curves.png curves.svg
     python benchmark/plot.py runs --statistic iqm --out curves.png --efficiency efficiency.svg --table table.md
 
 What it reads: run directories (`runs/{task}__{script}__{seed}__{time}/` with an eval.jsonl), folders with files

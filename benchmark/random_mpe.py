@@ -1,6 +1,6 @@
 """Return of uniformly random actions on MPE Navigation, the level to compare learning curves with.
 
-    python benchmark/random_mpe.py benchmark/results/mpe/random.json
+    python benchmark/random_mpe.py benchmark/results/figure10/random.json
 
 1,000 episodes for each of the paper's settings. Returns as a2po_mpe.py has them: per agent, undiscounted, 25 steps.
 """

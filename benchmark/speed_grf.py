@@ -1,6 +1,6 @@
 """How much of the engine's speed Football's workers keep: a2po_grf.py's games beside bare engine processes.
 
-    python benchmark/speed_grf.py --out benchmark/results/grf/speed.json
+    python benchmark/speed_grf.py --out benchmark/results/speed/football-workers.json
 
 One process of gfootball's own FootballEnv on each core against FootballGames with random actions, without a policy, in
 turns of a few seconds, and the median of the turns' ratios. "CPU" is steps per second of CPU time, of all processes
