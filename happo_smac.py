@@ -21,24 +21,28 @@ else.
 
     python happo_smac.py --map 3s5z
     python happo_smac.py --eval-only --checkpoint runs/<run>/checkpoint.pt
+
+Read to the end of `main`: that is the paper. What stands below only makes it run.
 """
 
+import contextlib
 import dataclasses
-import glob
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -52,7 +56,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass
+# -------------------------------------------------------------------------------------------------------- settings
+@dataclasses.dataclass
 class Args:
     map: str = "3s5z"
     """SMAC map, such as 3s5z or 5m_vs_6m; with StarCraft II also SMACv2's, such as protoss_5_vs_5"""
@@ -66,6 +71,10 @@ class Args:
     """environments stepped at once; by default 64 for SMAX and 8 games for StarCraft II"""
     num_steps: int | None = None
     """steps of each environment per iteration; by default what makes 3,200 in all (MAPPO default)"""
+    num_workers: int | None = None
+    """processes that share StarCraft II's games; by default one for each game"""
+    worker_timeout: float = 120.0
+    """seconds after which a worker whose game does not answer is given up and begun anew"""
 
     learning_rate: float = 5e-4
     """of actor and critic (MAPPO default)"""
@@ -78,7 +87,9 @@ class Args:
     update_epochs: int | None = None
     """P, passes over the rollout (Table 7 by map); each block gets ceil(P / blocks) of them (Algorithm 2)"""
     agent_blocks: int | None = None
-    """number of blocks that the agents are updated in (Table 7 by map)"""
+    """number of blocks that the agents are updated in (Table 7 by map; never more than there are agents)"""
+    recurrent: bool = True
+    """keep the GRU's state from step to step, else it is zeroed before each (never kept where MAPPO has no GRU)"""
     chunk_length: int = 10
     """steps of back-propagation through time (MAPPO default)"""
     ent_coef: float = 0.01
@@ -109,40 +120,385 @@ class Args:
     cuda: bool = True
     """use a GPU for the networks if there is one"""
     compile: bool = False
-    """compile the networks' update with torch.compile; needs a C++ compiler, starts a minute later"""
+    """compile the networks with torch.compile; needs a C++ compiler, starts minutes later"""
     torch_threads: int | None = None
     """CPU threads of PyTorch; by default all cores"""
 
 
-def table_7(agent_blocks, update_epochs, gae_lambda, clip_coef):
-    return locals()
-
-
-# Table 7. The blocks are for the algorithms that update agents one after the other. Other maps: as 3s5z.
+# Table 7; the blocks are for algorithms that update agents one after the other. Other maps: as 3s5z.
+TABLE_7_COLUMNS = ("agent_blocks", "update_epochs", "gae_lambda", "clip_coef")
 TABLE_7 = {
-    "MMM": table_7(3, 12, 0.95, 0.2),
-    "3s_vs_5z": table_7(3, 15, 0.95, 0.05),
-    "2c_vs_64zg": table_7(2, 5, 0.95, 0.2),
-    "3s5z": table_7(3, 8, 0.95, 0.2),
-    "5m_vs_6m": table_7(2, 10, 0.93, 0.05),
-    "8m_vs_9m": table_7(5, 15, 0.95, 0.05),
-    "10m_vs_11m": table_7(2, 10, 0.97, 0.2),
-    "6h_vs_8z": table_7(2, 8, 0.99, 0.2),
-    "3s5z_vs_3s6z": table_7(2, 5, 0.90, 0.2),
-    "MMM2": table_7(2, 5, 0.95, 0.2),
-    "27m_vs_30m": table_7(3, 5, 0.95, 0.2),
-    "corridor": table_7(2, 5, 0.95, 0.2),
+    "MMM": (3, 12, 0.95, 0.2),
+    "3s_vs_5z": (3, 15, 0.95, 0.05),
+    "2c_vs_64zg": (2, 5, 0.95, 0.2),
+    "3s5z": (3, 8, 0.95, 0.2),
+    "5m_vs_6m": (2, 10, 0.93, 0.05),
+    "8m_vs_9m": (5, 15, 0.95, 0.05),
+    "10m_vs_11m": (2, 10, 0.97, 0.2),
+    "6h_vs_8z": (2, 8, 0.99, 0.2),
+    "3s5z_vs_3s6z": (2, 5, 0.90, 0.2),
+    "MMM2": (2, 5, 0.95, 0.2),
+    "27m_vs_30m": (3, 5, 0.95, 0.2),
+    "corridor": (2, 5, 0.95, 0.2),
+    "2m_vs_1z": (2, 8, 0.95, 0.2),  # two agents
+    "2s_vs_1sc": (2, 8, 0.95, 0.2),
 }
+NOT_RECURRENT = ("3s_vs_4z", "3s_vs_5z", "6h_vs_8z", "corridor")  # maps where MAPPO has no GRU, by its launch scripts
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al., 2016), as a backward recursion; O(T).
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lambda A_{t+1}
+
+    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
+    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    """
+    terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    advantages = torch.empty_like(deltas)
+    advantages[-1] = deltas[-1]
+    for t in reversed(range(len(deltas) - 1)):
+        advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
+    return advantages
+
+
+def clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef):
+    """HAPPO's objective per sample, to be maximised: min(r M, clip(r, 1 +- eps) M).
+
+    M = A times the product of the preceding agents' ratios, which is not clipped and has no gradient.
+    """
+    weighted = preceding_ratio.detach() * advantages
+    return torch.min(ratio * weighted, ratio.clamp(1 - clip_coef, 1 + clip_coef) * weighted)
+
+
+def value_loss(values, old_values, targets, clip_coef, huber_delta):
+    """Clipped Huber loss per sample, all in normalised units (MAPPO default): the worse of free and clipped value."""
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    free_loss = F.huber_loss(values, targets, reduction="none", delta=huber_delta)
+    clipped_loss = F.huber_loss(clipped, targets, reduction="none", delta=huber_delta)
+    return torch.max(free_loss, clipped_loss)
+
+
+def masked_mean(x, sample, dim=None):
+    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
+
+
+def normalize_advantages(advantages, sample):
+    """Zero mean and unit variance over the samples of the update at hand."""
+    mean = masked_mean(advantages, sample)
+    std = masked_mean((advantages - mean).square(), sample).sqrt()
+    return (advantages - mean) / (std + 1e-5)
+
+
+def values_for_the_dead(values, alive):
+    """Values (..., n) with a dead agent's replaced by the mean of its living team-mates'.
+
+    They estimate the same return, the team's; the critic is not trained on dead agents' steps.
+    """
+    team = (values * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(alive.bool(), values, team)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weights and zero bias (MAPPO default)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
+    return [layer_init(nn.Linear(inputs, outputs)), nn.ReLU(), nn.LayerNorm(outputs)]
+
+
+class RecurrentNetwork(nn.Module):
+    """LayerNorm, two ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+
+    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent: bool = True):
+        super().__init__()
+        self.recurrent = recurrent  # else the GRU's state is zeroed before every step
+        layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
+        self.base = nn.Sequential(nn.LayerNorm(inputs), *layers)
+        self.gru = nn.GRUCell(hidden_size, hidden_size)
+        for name, parameter in self.gru.named_parameters():
+            nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), layer_init(nn.Linear(hidden_size, outputs), gain))
+
+    def forward(self, inputs, hidden, start):
+        """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
+
+        Returns outputs (L, B, outputs) and the GRU's state after each step (L, B, H).
+        """
+        keep = (1.0 - start.unsqueeze(-1)) * self.recurrent
+        states = []
+        for t, features in enumerate(self.base(inputs)):
+            hidden = self.gru(features, hidden * keep[t])
+            states.append(hidden)
+        states = torch.stack(states)
+        return self.head(states), states
+
+
+class ValueNormalizer(nn.Module):
+    """Running mean and std of the returns, debiased (MAPPO default, beta 0.99999); the critic's unit is 1 std."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # decaying means of 1, x and x^2
+
+    def update(self, returns):
+        if len(returns) > 0:
+            new = torch.stack([returns.double() ** power for power in range(3)]).mean(1)
+            self.moments.lerp_(new, 1 - self.beta)
+
+    def statistics(self):
+        _, mean, mean_square = self.moments / self.moments[0].clamp(min=1e-5)
+        variance = (mean_square - mean.square()).clamp(min=1e-2)
+        return mean.float(), variance.sqrt().float()
+
+    def normalize(self, returns):
+        mean, std = self.statistics()
+        return (returns - mean) / std
+
+    def denormalize(self, values):
+        mean, std = self.statistics()
+        return values * std + mean
+
+
+def masked_policy(logits, action_mask) -> Categorical:
+    """Unavailable actions get probability zero; -1e10 instead of -inf keeps the entropy finite."""
+    return Categorical(logits=torch.where(action_mask.bool(), logits, -1e10), validate_args=False)
+
+
+# ---------------------------------------------------------------------------------------- networks over a rollout
+@torch.no_grad()
+def act(actor, seen, hidden, greedy=False):
+    """A step of all agents from what is `seen` (obs, action_mask, start) and the GRU's state (N, n, H) before it.
+
+    Returns actions and their log-probabilities, (N, n), and the GRU's state after it.
+    """
+    start = seen["start"].unsqueeze(-1).expand(hidden.shape[:2])
+    logits, states = actor(seen["obs"].flatten(0, 1)[None], hidden.flatten(0, 1), start.flatten()[None])
+    policy = masked_policy(logits.view(seen["action_mask"].shape), seen["action_mask"])
+    actions = policy.mode if greedy else policy.sample()
+    return actions, policy.log_prob(actions), states.view(hidden.shape)
+
+
+@torch.no_grad()
+def rollout_values(critic, inputs, hidden, start):
+    """The critic's outputs (T+1, N, n) for all steps at once, and its GRU's state before each step (T+1, N, n, H)."""
+    shape = inputs.shape[:3]
+    start = start.unsqueeze(-1).expand(shape)
+    values, states = critic(inputs.flatten(1, 2), hidden.flatten(0, 1), start.flatten(1))
+    return values.view(shape), torch.cat([hidden[None], states.view(*shape, -1)[:-1]])
+
+
+def run_chunks(network, inputs, hidden, start, sample, chunk_length):
+    """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
+
+    Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
+    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out; their outputs are zeros.
+    """
+    T, N, k = sample.shape
+    # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
+    places = torch.arange(T * N * k, device=sample.device).view(T // chunk_length, chunk_length, N, k)
+    places = places.transpose(0, 1).flatten(1)
+    places = places[:, sample.flatten()[places].any(0)]
+
+    def fold(x):  # (T, N, k, ...) -> (chunk_length, chunks, ...)
+        return x.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    start = fold(start.unsqueeze(-1).expand(sample.shape))
+    outputs, _ = network(fold(inputs), hidden.flatten(0, 2)[places[0]], start)
+    whole = outputs.new_zeros(T * N * k, outputs.shape[-1])
+    return whole.index_copy(0, places.flatten(), outputs.flatten(0, 1)).unflatten(0, sample.shape)
+
+
+def policy_change(actor, rollout, agents):
+    """The policy now against the policy that sampled, for the k agents at hand.
+
+    Returns log r (T, N, k), where r is the ratio of the probabilities of what was done, 0 where there is no sample; and
+    the entropy of the policy now (T, N, k).
+    """
+    obs, hidden = rollout.obs[:-1].index_select(2, agents), rollout.actor_hidden.index_select(2, agents)
+    sample = rollout.sample[..., agents]
+    logits = run_chunks(actor, obs, hidden, rollout.start[:-1], sample, rollout.chunk_length)
+    policy = masked_policy(logits, rollout.action_mask[:-1, :, agents])
+    log_ratio = policy.log_prob(rollout.actions[..., agents]) - rollout.log_probs[..., agents]
+    return (log_ratio * sample).clamp(-20, 20), policy.entropy()
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args):
+    args = complete_args(args)
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    gamma, gae_lambda = args.gamma, args.gae_lambda
+
+    envs = make_envs(args)
+    n, obs_dim = envs.single_observation_space["obs"].shape
+    _, n_actions = envs.single_observation_space["action_mask"].shape
+    (state_dim,) = envs.single_observation_space["state"].shape
+
+    if args.agent_blocks > n:
+        usage_error("--agent-blocks", args.agent_blocks, f"must be at most {n}, the number of agents")
+
+    H = args.hidden_size
+    actor = RecurrentNetwork(obs_dim, n_actions, H, 0.01, args.recurrent).to(device)
+    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0, args.recurrent).to(device)
+    normalizer = ValueNormalizer().to(device)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
+    learned = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
+    hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
+    if args.compile:
+        for network in (actor, critic):
+            network.compile(dynamic=True)
+    run = Run(args, envs, device, learned, hidden)
+    if args.eval_only:
+        return run.report(evaluate(actor, envs, args.eval_episodes, device))
+
+    with run:
+        while run.goes_on():
+            # ------------------------------------------------------------------------------------------- rollout
+            steps = []
+            for _ in range(args.num_steps):
+                step = envs.look(device)
+                step["actor_hidden"] = hidden["actor"]
+                step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
+                step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
+                step["final"] = torch.max(step["final"], crashed)  # a lost game's step: no sample, the trace ends
+                steps.append(step)
+            steps.append(envs.look(device))  # what the last step's next value is of
+
+            # Time-major: (T, N, n, ...), and one step more of what was seen.
+            rollout = SimpleNamespace(chunk_length=args.chunk_length)
+            for name in steps[0]:
+                setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
+            rollout.sample = rollout.alive[:-1] * (1 - rollout.final[:-1]).unsqueeze(-1)
+            rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
+
+            # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
+            critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
+            values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
+            values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
+            hidden["critic"] = critic_hidden[-1]
+            run.lap("rollout")
+
+            # -------------------------------------------------------------------------------------------- update
+            advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
+            targets = advantages + values[:-1]
+            normalizer.update(targets[rollout.sample.bool()])
+            old_values = normalizer.normalize(values[:-1])
+            run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
+
+            # A random order of the agents, cut into blocks.
+            order = torch.randperm(n).to(device)
+            blocks = order.tensor_split(args.agent_blocks)
+
+            # ceil(P / blocks) epochs, and in each the blocks one after the other, as for A2PO.
+            for _ in range(math.ceil(args.update_epochs / len(blocks))):
+                for agents in blocks:
+                    # Parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
+                    log_ratio, entropy = policy_change(actor, rollout, agents)
+                    with torch.no_grad():
+                        others_log_ratio, _ = policy_change(actor, rollout, order[~torch.isin(order, agents)])
+                    joint_log_ratio = log_ratio.detach().sum(-1) + others_log_ratio.sum(-1)
+
+                    # The preceding agents are everyone but i.
+                    ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
+                    preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
+                    normalized = normalize_advantages(advantages[..., agents], sample)
+                    surrogate = clipped_surrogate(ratio, preceding_ratio, normalized, args.clip_coef)
+                    policy_loss = -masked_mean(surrogate, sample)
+                    entropy = masked_mean(entropy, sample)
+
+                    inputs = critic_inputs[:-1].index_select(2, agents)
+                    states = critic_hidden[:-1].index_select(2, agents)
+                    new_values = run_chunks(critic, inputs, states, rollout.start[:-1], sample, args.chunk_length)
+                    new_values, old = new_values.squeeze(-1), old_values[..., agents]
+                    target = normalizer.normalize(targets[..., agents])
+                    losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                    critic_loss = masked_mean(losses, sample)
+
+                    optimizer.zero_grad()
+                    (policy_loss - args.ent_coef * entropy + critic_loss).backward()
+                    actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                    critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    ratios = ratio_statistics(log_ratio, torch.ones_like(ratio), sample, args.clip_coef)
+                    run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
+                    run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
+            run.note("happo/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
+            run.lap("update")
+
+            # --------------------------------------------------------------------------------- log, evaluate, save
+            run.log(int((1 - rollout.final[:-1]).sum()), envs.finished())
+            if run.is_due(args.eval_every):
+                run.log_evaluation(evaluate(actor, envs, args.eval_episodes, device))
+            if run.is_due(args.save_every):
+                run.save()
+
+
+# ------------------------------------------------------------------------------------- evaluation, what is logged
+def evaluate(actor, envs, episodes: int, device) -> list[dict[str, float]]:
+    """Greedy episodes from new starts, each with what `Episodes.finished` says of it; then the games as they were.
+
+    Every environment plays a fixed share, so that short episodes are not favoured; crashed ones are played again.
+    """
+    training = envs.get_state()
+    envs.reset()
+    share = np.full(envs.num_envs, episodes // envs.num_envs)
+    share[: episodes % envs.num_envs] += 1
+    hidden = torch.zeros(*envs.action_space.shape, actor.gru.hidden_size, device=device)
+    played = []
+    while (share > 0).any():
+        actions, _, hidden = act(actor, envs.look(device), hidden, greedy=True)
+        envs.play(actions)
+        for episode in envs.finished():
+            if share[episode["env"]] > 0:
+                share[episode["env"]] -= 1
+                played.append(episode)
+    envs.set_state(training)
+    return played
+
+
+def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
+    """Means over episodes, by the names that they are logged under."""
+    won, returns, lengths = ([e[name] for e in episodes] for name in ("won", "return", "length"))
+    return {"win_rate": np.mean(won), "episodic_return": np.mean(returns), "episodic_length": np.mean(lengths)}
+
+
+def explained_variance(advantages, targets, sample):
+    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    advantages, targets = advantages[sample.bool()], targets[sample.bool()]
+    return (1 - advantages.var() / targets.var()).nan_to_num()
+
+
+@torch.no_grad()
+def ratio_statistics(log_ratio, preceding_ratio, sample, clip_coef):
+    """Of the ratios in an update: the mean, the approximate KL divergence, and the shares of what is clipped."""
+    ratio, preceding = log_ratio.exp(), preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+    return {
+        "ratio": masked_mean(ratio, sample),
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, sample),
+        "clipfrac": masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), sample),
+        "preceding_clipfrac": masked_mean((preceding != preceding_ratio).float(), sample),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- environments
-SMAX_MAPS = (
-    "3m 8m 25m 2s3z 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m 3s5z_vs_3s6z 3s_vs_5z 6h_vs_8z corridor "
-    "smacv2_5_units smacv2_10_units smacv2_20_units"
-).split()
 SMAC_MAPS = (
     "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m MMM MMM2 2s3z 3s5z 3s5z_vs_3s6z 3s_vs_3z 3s_vs_4z 3s_vs_5z "
     "1c3s5z 2m_vs_1z corridor 6h_vs_8z 2s_vs_1sc so_many_baneling bane_vs_bane 2c_vs_64zg"
+).split()
+SMAX_MAPS = (
+    "3m 8m 25m 2s3z 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m 3s5z_vs_3s6z 3s_vs_5z 6h_vs_8z corridor "
+    "smacv2_5_units smacv2_10_units smacv2_20_units"
 ).split()
 # SMACv2 draws each unit of a team with these weights; types in the last list cannot make up a whole team.
 SMACV2_TEAMS = {
@@ -163,41 +519,48 @@ def find_starcraft2() -> tuple[bool, str]:
     """Whether StarCraft II can be played here, and what was found or is missing; nothing is imported or started."""
     if importlib.util.find_spec("smacv2") is None:
         return False, "the Python package smacv2 is not installed"
-    home = os.path.expanduser(os.environ.get("SC2PATH", "~/StarCraftII"))
-    if not glob.glob(os.path.join(glob.escape(home), "Versions", "Base*", "SC2*")):
+    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
+    if not any(home.glob("Versions/Base*/SC2*")):
         return False, f"no game (Versions/Base*/SC2_x64) in {home}, where SC2PATH or the default points"
-    if not glob.glob(os.path.join(glob.escape(home), "Maps", "SMAC_Maps", "*.SC2Map")):
-        return False, f"no maps (*.SC2Map) in {os.path.join(home, 'Maps', 'SMAC_Maps')}"
+    if not any(home.glob("Maps/SMAC_Maps/*.SC2Map")):
+        return False, f"no maps (*.SC2Map) in {home / 'Maps' / 'SMAC_Maps'}"
     return True, f"smacv2 and the game in {home}"
 
 
-def choose_simulator(simulator: str, map_name: str) -> tuple[str, str]:
-    """`starcraft2` or `smax` for --simulator, and the reason in one line; ends the program if there is no way."""
+def choose_simulator(simulator: str, map_name: str) -> str:
+    """`starcraft2` or `smax` for --simulator; ends the program if there is no way to play the map."""
+    found, reason = find_starcraft2()
     on_smax, on_starcraft2 = map_name in SMAX_MAPS, map_name in SMAC_MAPS or re.fullmatch(SMACV2_MAP, map_name)
     if not on_smax and not on_starcraft2:
         races = ", ".join(f"{race}_5_vs_5" for race in SMACV2_TEAMS)
         names = " ".join(dict.fromkeys(SMAC_MAPS + SMAX_MAPS))
         usage_error("--map", map_name, f"must be one of {names}, or with StarCraft II a SMACv2 map such as {races}")
-    found, reason = find_starcraft2()
     if simulator == "starcraft2" and not on_starcraft2:
         usage_error("--map", map_name, f"StarCraft II has no such map, it has {' '.join(SMAC_MAPS)}")
     if simulator == "starcraft2" and not found:
         usage_error("--simulator", simulator, f"{reason}; {STARCRAFT2_HELP}")
-    if simulator == "starcraft2" or (simulator == "auto" and found and on_starcraft2):
-        return "starcraft2", reason
-    if not on_smax:
-        why = f"; {reason}" if simulator == "auto" else ""
-        usage_error("--map", map_name, f"needs StarCraft II, SMAX lacks its units{why}; {STARCRAFT2_HELP}")
-    if simulator == "smax":
-        return "smax", "as asked for"
-    return "smax", "StarCraft II does not have this map" if found else f"not StarCraft II: {reason}"
+    if simulator != "starcraft2" and not on_smax and not (simulator == "auto" and found):
+        usage_error("--map", map_name, f"needs StarCraft II, SMAX lacks its units; {reason}; {STARCRAFT2_HELP}")
+    if simulator == "auto":
+        return "starcraft2" if found and on_starcraft2 else "smax"
+    return simulator
+
+
+def observation_space(n: int, obs_dim: int, state_dim: int, n_actions: int) -> gym.spaces.Dict:
+    """What is seen of one game: by the n agents, by the critic, what they may do, and who is alive."""
+    return gym.spaces.Dict(
+        obs=gym.spaces.Box(-np.inf, np.inf, (n, obs_dim), np.float32),
+        state=gym.spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+        action_mask=gym.spaces.MultiBinary((n, n_actions)),
+        alive=gym.spaces.MultiBinary(n),
+    )
 
 
 class SMAX(gym.vector.VectorEnv):
     """JaxMARL's SMAX with the heuristic enemy: all environments in one jitted, vmapped function, next-step autoreset.
 
     Observations are dictionaries: `obs` (N, n, obs_dim), `state` (N, state_dim), `action_mask` (N, n, n_actions),
-    `alive` (N, n). Rewards are the team's, (N,); `info["won"]` (N,) tells of the episode that the step ended.
+    `alive` (N, n). Rewards are the team's, (N,). `info["episode"]["won"]` (N,) tells of the episode that has ended.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
@@ -260,12 +623,7 @@ class SMAX(gym.vector.VectorEnv):
         self._to_jax, self._tree = jnp.asarray, jax.tree
         self._key, self._new_key = jax.random.PRNGKey(seed), jax.random.PRNGKey
         self.num_envs = num_envs
-        self.single_observation_space = gym.spaces.Dict(
-            obs=gym.spaces.Box(-np.inf, np.inf, (n, env.obs_size), np.float32),
-            state=gym.spaces.Box(-np.inf, np.inf, (env.state_size,), np.float32),
-            action_mask=gym.spaces.MultiBinary((n, n_actions)),
-            alive=gym.spaces.MultiBinary(n),
-        )
+        self.single_observation_space = observation_space(n, env.obs_size, env.state_size, n_actions)
         self.single_action_space = gym.spaces.MultiDiscrete([n_actions] * n)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
@@ -275,7 +633,7 @@ class SMAX(gym.vector.VectorEnv):
             self._key = self._new_key(seed)
         self._key, self._state, obs = self._reset(self._key)
         self._final = np.zeros(self.num_envs, bool)
-        return {name: np.array(value) for name, value in obs.items()}, {"won": np.zeros(self.num_envs, bool)}
+        return {name: np.array(value) for name, value in obs.items()}, {}
 
     def step(self, actions):
         self._key, self._state, obs, reward, terminated, truncated, won = self._step(
@@ -283,7 +641,8 @@ class SMAX(gym.vector.VectorEnv):
         )
         reward, terminated, truncated, won = (np.array(x) for x in (reward, terminated, truncated, won))
         self._final = terminated | truncated
-        return {name: np.array(value) for name, value in obs.items()}, reward, terminated, truncated, {"won": won}
+        obs = {name: np.array(value) for name, value in obs.items()}
+        return obs, reward, terminated, truncated, {"episode": {"won": won.astype(int)}}
 
     def get_state(self) -> list[torch.Tensor]:
         """The whole state of the simulator, for checkpoints and to leave training untouched by an evaluation."""
@@ -298,39 +657,28 @@ class SMAX(gym.vector.VectorEnv):
         self._final = np.asarray(self._final)
 
 
-class StarCraft2(gym.Env):
-    """A SMAC or SMACv2 map as one environment for the whole team, with one reward.
+class StarCraft2:
+    """A SMAC or SMACv2 map as one game for the whole team, for `Games`. Making it starts nothing, `reset` does.
 
-    Building it starts no game, so that AsyncVectorEnv can read the spaces in the main process; `reset` starts it.
-    `info` always has `won`, and `crashed` for an episode that was cut off because the game broke.
+    What goes wrong with the game is an error here; the worker ends, and another one takes its place.
     """
 
-    def __init__(self, map_name: str, seed: int = 0):
-        self.generated = re.fullmatch(SMACV2_MAP, map_name)
-        self.map_name, self.seed = map_name, seed
-        self.game, self.builds, self.episodes, self.failures = None, 0, 0, 0
-        if multiprocessing.parent_process() is not None:
-            # Ctrl-C reaches the whole process group, but ending the workers is the main process's task, and the game
-            # inherits the ignored signal. On SIGTERM leave through Python, where the worker closes its game.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        sizes = self._build().get_env_info()
-        n_agents, n_actions = sizes["n_agents"], sizes["n_actions"]
-        self.observation_space = gym.spaces.Dict(
-            obs=gym.spaces.Box(-np.inf, np.inf, (n_agents, sizes["obs_shape"]), np.float32),
-            state=gym.spaces.Box(-np.inf, np.inf, (sizes["state_shape"],), np.float32),
-            action_mask=gym.spaces.MultiBinary((n_agents, n_actions)),
-            alive=gym.spaces.MultiBinary(n_agents),
-        )
-        self.action_space = gym.spaces.MultiDiscrete([n_actions] * n_agents)
+    def __init__(self, map_name: str, seed: int, build: int = 0):
+        self.map_name, self.generated = map_name, re.fullmatch(SMACV2_MAP, map_name)
+        self.seed, self.build, self.made = seed, build, 0
+        self.game = self._build()
+        sizes = self.game.get_env_info()
+        n, n_actions = sizes["n_agents"], sizes["n_actions"]
+        self.observation_space = observation_space(n, sizes["obs_shape"], sizes["state_shape"], n_actions)
+        self.action_space = gym.spaces.MultiDiscrete([n_actions] * n)
 
     def _build(self):
         from smacv2.env import StarCraft2Env, StarCraftCapabilityEnvWrapper
         from smacv2.env.starcraft2 import distributions, starcraft2
 
         # smacv2 hands its seed to the game alone. Its draws of teams and positions are unseeded, so give it generators
-        # of ours; a rebuilt game gets new ones, for it should not play the same episodes again.
-        seeds = np.random.SeedSequence((self.seed, self.builds))
+        # of ours; a game that is made anew should not play the same episodes again.
+        seeds = np.random.SeedSequence((self.seed, self.build, self.made))
         seed = int(seeds.generate_state(1)[0])
         distributions.default_rng = lambda: np.random.default_rng(seeds.spawn(1)[0])
         starcraft2.random = random.Random(seed)
@@ -360,287 +708,332 @@ class StarCraft2(gym.Env):
             raise
 
         core.full_restart = raise_again
-        self.builds, self.episodes = self.builds + 1, 0
+        self.made, self.running, self.episodes = self.made + 1, False, 0
         return game
 
-    def _observe(self):
-        mask = np.array(self.game.get_avail_actions(), dtype=np.int8)
+    def reset(self, seed: int | None = None):
+        if seed is not None:
+            self.seed, self.build, self.made = seed, 0, 0
+        if seed is not None or (self.running and self.episodes == 0):
+            self.close()  # a seed takes a new game, and before its first episode has ended smacv2 starts a second one
+            self.game = self._build()
+        self.game.reset()
+        self.running = True
+        self.mask = np.array(self.game.get_avail_actions(), np.int8)
+
+    def step(self, action) -> tuple[float, bool, bool, dict]:
+        # smacv2 stops with an error at an unavailable action: the first available one takes its place, which is no-op
+        # for the dead and stop for the living.
+        available = self.mask[np.arange(len(action)), action] == 1
+        reward, done, info = self.game.step(np.where(available, action, self.mask.argmax(axis=1)))
+        self.mask = np.array(self.game.get_avail_actions(), np.int8)
+        self.episodes += done
+        out_of_time = bool(info.get("episode_limit", False))
+        return float(reward), done and not out_of_time, out_of_time, {"won": int(info["battle_won"])}
+
+    def observe(self) -> dict[str, np.ndarray]:
         if not self.generated:
             # smacv2 keeps a table of reported enemies, and one not in it (unseen so far, or dead and out of sight)
             # wipes the features of all enemies before it. In SMAC only the sight range counts: report them all.
             self.game.obs_enemies[:] = 1
         obs, state = np.array(self.game.get_obs(), np.float32), np.array(self.game.get_state(), np.float32)
-        return {"obs": obs, "state": state, "action_mask": mask, "alive": 1 - mask[:, 0]}  # no-op: for the dead only
-
-    def _fail(self, error: Exception):
-        self.failures += 1
-        warnings.warn(f"StarCraft II failed on {self.map_name}: {error!r}", stacklevel=2)
-        self.close()
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.seed, self.builds = seed, 0
-        if seed is not None or self.episodes == 0:
-            self.close()  # a seed takes a new game, and before its first episode has ended smacv2 starts a second one
-        while self.failures < 3:
-            try:
-                if self.game is None:
-                    self.game = self._build()
-                self.game.reset()
-                self.last_obs = self._observe()
-                return self.last_obs, {"won": False, "crashed": False}
-            except Exception as error:
-                self._fail(error)
-        raise RuntimeError(f"StarCraft II failed {self.failures} times without a whole episode on {self.map_name}")
-
-    def step(self, action):
-        # smacv2 stops with an error at an unavailable action: the first available one takes its place, which is no-op
-        # for the dead and stop for the living.
-        mask, action = self.last_obs["action_mask"], np.asarray(action)
-        action = np.where(mask[np.arange(len(action)), action] == 1, action, mask.argmax(axis=1))
-        try:
-            reward, done, info = self.game.step(action)
-            won, out_of_time = bool(info["battle_won"]), bool(info.get("episode_limit", False))
-            self.last_obs = self._observe()
-        except Exception as error:
-            self._fail(error)
-            return self.last_obs, 0.0, False, True, {"won": False, "crashed": True}
-        if done:
-            self.episodes, self.failures = self.episodes + 1, 0
-        return self.last_obs, float(reward), done and not out_of_time, out_of_time, {"won": won, "crashed": False}
+        alive = 1 - self.mask[:, 0]  # no-op is for the dead only
+        return {"obs": obs, "state": state, "action_mask": self.mask, "alive": alive}
 
     def close(self):
-        game, self.game = self.game, None
-        if game is not None:
-            try:
-                game.close()
-            except Exception as error:  # a broken game may also fail to close
-                warnings.warn(f"StarCraft II did not close: {error!r}", stacklevel=2)
+        self.game.close()
 
 
-class GameDied(SystemExit):
-    """A game's process is gone, or its game failed too often. Not caught, it ends the program with its one line."""
+class Share:
+    """The games of one worker process, which makes them; next-step autoreset.
 
+    Methods return what is seen afterwards, name -> (games, ...), and a list of results.
+    """
 
-class StarCraft2Games(gym.vector.AsyncVectorEnv):
-    """One StarCraft II process per environment, next-step autoreset, the same observations as SMAX."""
+    def __init__(self, game, seeds: list[int], build: int):
+        self.games = [game(seed, build) for seed in seeds]
+        self.final = [True] * len(seeds)
 
-    def __init__(self, map_name: str, num_envs: int, seed: int):
-        # Environment e of seed s gets 1000 s + e: runs with neighbouring seeds do not share games.
-        super().__init__([lambda e=e: StarCraft2(map_name, 1000 * seed + e) for e in range(num_envs)])
+    def observe(self) -> dict[str, np.ndarray]:
+        """All games after all steps: a simulator drives what this works with out of the caches."""
+        seen = [game.observe() for game in self.games]
+        return {name: np.stack([one[name] for one in seen]) for name in seen[0]}
 
-    def get_state(self):
-        """None: a game cannot be saved; after an evaluation or on resume, training goes on with new episodes."""
-        return None
+    def reset(self, seeds: list):
+        for game, seed in zip(self.games, seeds, strict=True):
+            game.reset(seed)
+        self.final = [False] * len(seeds)
+        return self.observe(), self.final
 
     def step(self, actions):
-        return self._play(super().step, actions)
+        results = []
+        for k, game in enumerate(self.games):
+            results.append((0.0, False, False, {}) if self.final[k] else game.step(actions[k]))
+            if self.final[k]:
+                game.reset()
+            _, terminated, truncated, _ = results[k]
+            self.final[k] = terminated or truncated
+        return self.observe(), results
 
-    def reset(self, **options):
-        return self._play(super().reset, **options)
+    def get_state(self, _):
+        return {}, [pickle.dumps((final, game.get_state())) for final, game in zip(self.final, self.games, strict=True)]
 
-    def _play(self, method, *arguments, **options):
-        try:
-            return method(*arguments, **options)
-        except (EOFError, OSError, RuntimeError) as error:
-            # End all workers at once: after the death of one of them AsyncVectorEnv.close() waits for ever.
-            for process in self.processes:
-                process.terminate()
-                process.join(5)
-            self.closed = True
-            raise GameDied(f"a StarCraft II process is gone: {error!r}") from error
+    def set_state(self, states: list[bytes | None]):
+        """If one is of a lost game, all begin anew with the next step."""
+        self.final = [True] * len(states)
+        if None not in states:
+            for k, state in enumerate(states):
+                self.final[k], saved = pickle.loads(state)
+                self.games[k].set_state(saved)
+        return {}, self.final
 
-
-def make_envs(simulator: str, map_name: str, num_envs: int, seed: int) -> gym.vector.VectorEnv:
-    return (SMAX if simulator == "smax" else StarCraft2Games)(map_name, num_envs, seed)
-
-
-# -------------------------------------------------------------------------------------------------------- networks
-def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
-    """Orthogonal weights and zero bias (MAPPO default)."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+    def close(self):
+        for game in self.games:
+            game.close()
 
 
-class RecurrentNetwork(nn.Module):
-    """LayerNorm, two ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+def serve(connection, main_end, *arguments):
+    """A worker process: answers (method, argument) with what a Share's method returns, or with an error's text."""
+    os.setsid()  # a session of its own: Ctrl-C is the main process's task, and whatever a game starts dies with it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
+    main_end.close()  # else the connection would stay open when the main process has died
+    try:
+        share = Share(*arguments)
+        with contextlib.closing(share), contextlib.suppress(EOFError, OSError):
+            for method, argument in iter(connection.recv, None):
+                connection.send(getattr(share, method)(argument))
+    except Exception as error:
+        connection.send(f"failed: {error!r}")
 
-    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float):
-        super().__init__()
-        self.base = nn.Sequential(
-            nn.LayerNorm(inputs),
-            layer_init(nn.Linear(inputs, hidden_size)),
-            nn.ReLU(),
-            nn.LayerNorm(hidden_size),
-            layer_init(nn.Linear(hidden_size, hidden_size)),
-            nn.ReLU(),
-            nn.LayerNorm(hidden_size),
-        )
-        self.gru = nn.GRUCell(hidden_size, hidden_size)
-        for name, parameter in self.gru.named_parameters():
-            nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
-        self.head = nn.Sequential(nn.LayerNorm(hidden_size), layer_init(nn.Linear(hidden_size, outputs), gain))
 
-    def forward(self, inputs, hidden, start):
-        """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
+class GamesFailed(SystemExit):
+    """Games failed again and again. Not caught, it ends the program with its one line."""
 
-        Returns outputs (L, B, outputs) and the GRU's state after each step (L, B, H).
+
+class Games(gym.vector.VectorEnv):
+    """Games in worker processes, several in each, with next-step autoreset.
+
+    `game(seed, build)` makes one: observation_space, action_space, reset(seed=None), step(action) -> (reward,
+    terminated, truncated, numbers of an episode that ends), observe(), close(); get_state() and set_state() if it can
+    be saved. Game e has seed + e. But for failures the number of workers changes nothing.
+
+    A worker whose game raises an error, that dies or does not answer for `timeout` seconds is replaced, and `build`
+    counts up, so that other episodes follow. Those of its games are dropped: info["crashed"] (N,) marks the step in
+    which it happened; it ends the episode and is no sample.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, game, num_envs: int, seed: int, num_workers: int, timeout: float):
+        self.game, self.num_envs, self.seed, self.timeout, self.closed = game, num_envs, seed, timeout, False
+        example = game(seed, 0)  # never played
+        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
+        self.observation_space = gym.vector.utils.batch_space(example.observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(example.action_space, num_envs)
+        self.can_be_saved = hasattr(example, "get_state")
+        self.obs = gym.vector.utils.create_empty_array(self.single_observation_space, num_envs)
+        workers = min(num_workers, num_envs)
+        self.shares = [slice(w, num_envs, workers) for w in range(workers)]
+        self.processes, self.connections = [None] * workers, [None] * workers
+        self.builds, self.failures = [0] * workers, [0] * workers  # failures since a whole episode
+        self.lost = [False] * workers  # replaced, which the next step will tell
+        for w in range(workers):
+            self._start(w)
+
+    def _start(self, w: int):
+        self.connections[w], worker_end = multiprocessing.Pipe()
+        seeds = range(self.seed, self.seed + self.num_envs)[self.shares[w]]
+        arguments = (worker_end, self.connections[w], self.game, seeds, self.builds[w])
+        self.processes[w] = multiprocessing.Process(target=serve, args=arguments, daemon=True)
+        self.processes[w].start()
+        worker_end.close()
+        self.builds[w] += 1
+
+    def _stop(self, w: int, patience: float):
+        """Wait `patience` seconds for a worker to leave, then end it, with all that its games have started."""
+        self.connections[w].close()
+        self.processes[w].join(patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[w].pid, signal.SIGKILL)
+        self.processes[w].kill()
+        self.processes[w].join()
+
+    def _replace(self, w: int, reason: str):
+        warnings.warn(f"worker {w} {reason}; the episodes of its games are dropped", stacklevel=2)
+        self.failures[w], self.lost[w] = self.failures[w] + 1, True
+        self._stop(w, patience=0)
+        if self.failures[w] == 3:
+            self.close()
+            raise GamesFailed(f"games failed 3 times without a whole episode; at last a worker {reason}")
+        self._start(w)
+
+    def _ask(self, method: str, inputs):
+        """Call a method of all shares that are not lost; `inputs` has an entry for each environment."""
+        for w, share in enumerate(self.shares):
+            if not self.lost[w]:
+                with contextlib.suppress(OSError):  # it is dead, as its answer will show
+                    self.connections[w].send((method, inputs[share]))
+
+    def _answers(self) -> list:
+        """Their results, an entry for each environment, None of those that are lost; what is seen goes into `obs`."""
+        answers = [None] * self.num_envs
+        for w in [w for w, lost in enumerate(self.lost) if not lost]:
+            answer = f"did not answer for {self.timeout:g} s"
+            try:
+                if self.connections[w].poll(self.timeout):
+                    answer = self.connections[w].recv()
+            except (EOFError, OSError):
+                answer = "died"
+            if isinstance(answer, str):
+                self._replace(w, answer)
+            else:
+                seen, answers[self.shares[w]] = answer
+                for name, value in seen.items():
+                    self.obs[name][self.shares[w]] = value
+        return answers
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = self.seed if seed is None else seed
+        answers = [None]
+        while None in answers:
+            self.lost = [False] * len(self.lost)
+            self._ask("reset", [None if seed is None else seed + e for e in range(self.num_envs)])
+            answers = self._answers()
+        return {name: value.copy() for name, value in self.obs.items()}, {}
+
+    def step(self, actions):
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions):
+        self._ask("step", np.asarray(actions))
+
+    def step_wait(self):
+        answers = self._answers()
+        self.lost = [False] * len(self.lost)
+        crashed = np.array([answer is None for answer in answers])
+        rewards, numbers = np.zeros(self.action_space.shape, np.float32), {}
+        terminated, truncated = np.zeros(self.num_envs, bool), crashed.copy()
+        for e in np.flatnonzero(~crashed):
+            rewards[e], terminated[e], truncated[e], episode = answers[e]
+            if terminated[e] or truncated[e]:
+                self.failures[e % len(self.shares)] = 0
+            for name, value in episode.items():
+                numbers.setdefault(name, np.zeros(self.num_envs, type(value)))[e] = value
+        obs = {name: value.copy() for name, value in self.obs.items()}
+        return obs, rewards, terminated, truncated, {"crashed": crashed, "episode": numbers}
+
+    def get_state(self) -> list[torch.Tensor | None] | None:
+        """All games, for checkpoints and to leave training untouched by an evaluation; None if they cannot be saved.
+
+        They hold pickles: `--resume` no run that you would not run code of.
         """
-        states = []
-        for features, keep in zip(self.base(inputs).unbind(), (1.0 - start.unsqueeze(-1)).unbind(), strict=True):
-            hidden = self.gru(features, hidden * keep)
-            states.append(hidden)
-        states = torch.stack(states)
-        return self.head(states), states
+        if self.closed or not self.can_be_saved:
+            return None
+        self._ask("get_state", [None] * self.num_envs)
+        games = self._answers()
+        return [None if game is None else torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in games]
+
+    def set_state(self, state: list[torch.Tensor | None]):
+        """A worker with a game that was lost on the way is lost whole."""
+        games = [None if game is None else game.numpy().tobytes() for game in state]
+        self._ask("set_state", games)
+        self._answers()
+        self.lost = [lost or None in games[share] for lost, share in zip(self.lost, self.shares, strict=True)]
+
+    def close_extras(self, **options):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)  # workers hold copies of each other's pipes: that one is closed shows to nobody
+        for w in range(len(self.shares)):
+            self._stop(w, patience=5)
 
 
-class ValueNormalizer(nn.Module):
-    """Running mean and variance of the returns, debiased (MAPPO default, beta 0.99999); the critic's unit is 1 std."""
+class Episodes(gym.vector.VectorWrapper):
+    """What a rollout has to know of its episodes, with next-step autoreset.
 
-    def __init__(self, beta: float = 0.99999):
-        super().__init__()
-        self.beta = beta
-        for name in ("mean", "mean_square", "weight"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
-
-    def update(self, returns):
-        if returns.numel() == 0:
-            return
-        returns = returns.double()
-        self.mean.lerp_(returns.mean(), 1 - self.beta)
-        self.mean_square.lerp_(returns.square().mean(), 1 - self.beta)
-        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.beta)
-
-    def statistics(self):
-        weight = self.weight.clamp(min=1e-5)
-        mean = self.mean / weight
-        variance = (self.mean_square / weight - mean.square()).clamp(min=1e-2)
-        return mean.float(), variance.sqrt().float()
-
-    def normalize(self, returns):
-        mean, std = self.statistics()
-        return (returns - mean) / std
-
-    def denormalize(self, values):
-        mean, std = self.statistics()
-        return values * std + mean
-
-
-def masked_policy(logits, action_mask) -> Categorical:
-    """Unavailable actions get probability zero; -1e10 instead of -inf keeps the entropy finite."""
-    return Categorical(logits=torch.where(action_mask, logits, -1e10), validate_args=False)
-
-
-# ------------------------------------------------------------------------------------------------------- algorithm
-def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al., 2016), as a backward recursion; O(T).
-
-        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma lambda A_{t+1}
-
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    `start` (N,) is 1 where the last observation is the first of an episode; `final` (N,) where it is the last: then the
+    next action is ignored, and the next step is no sample.
     """
-    terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
-    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
-    for t in reversed(range(len(deltas) - 1)):
-        advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
-    return advantages
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        self.obs = None  # until the first reset
+        self.crashes = 0  # episodes that were dropped because a game was lost
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.start, self.final = np.ones(self.num_envs, np.float32), np.zeros(self.num_envs, np.float32)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs)
+        self.ended = []
+        return self.obs, info
+
+    def look(self, device) -> dict[str, torch.Tensor]:
+        """What is seen now, name -> (N, ...)."""
+        seen = self.obs | {"start": self.start, "final": self.final}
+        return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
+
+    def play(self, actions):
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        return self.record(actions, *self.env.step(actions.cpu().numpy()))
+
+    def record(self, actions, obs, rewards, terminated, truncated, info):
+        crashed, ended = info.get("crashed", np.zeros(self.num_envs, bool)), terminated | truncated
+        self.crashes += int((crashed & (self.final == 0)).sum())
+        self.obs, self.start, self.final = obs, self.final, ended.astype(np.float32)
+        rewards = np.broadcast_to(rewards.reshape(self.num_envs, -1), actions.shape[:2])
+        self.returns = (self.returns + rewards.mean(1)) * (1 - self.start)
+        self.lengths = (self.lengths + 1) * (1 - self.start)
+        for e in np.flatnonzero(ended & ~crashed):
+            numbers = {name: values[e].item() for name, values in info.get("episode", {}).items()}
+            numbers |= {"return": round(float(self.returns[e]), 4), "length": int(self.lengths[e])}
+            self.ended.append({"env": int(e)} | numbers)
+        return [torch.tensor(x, dtype=torch.float32, device=actions.device) for x in (rewards, terminated, crashed)]
+
+    def finished(self) -> list[dict[str, float]]:
+        """The episodes that have ended since the last call: env, return (the agents' mean, undiscounted), length, and
+        the simulator's own numbers."""
+        ended, self.ended = self.ended, []
+        return ended
+
+    def get_state(self) -> dict | None:
+        simulator = None if self.obs is None else self.env.get_state()
+        if simulator is None:
+            return None
+        obs = {name: torch.tensor(value) for name, value in self.obs.items()}
+        episodes = [torch.tensor(x) for x in (self.start, self.final, self.returns, self.lengths)]
+        return {"simulator": simulator, "obs": obs, "episodes": episodes}
+
+    def set_state(self, state: dict | None):
+        """Back to what get_state returned; to new episodes where the simulator cannot be saved."""
+        self.reset()
+        if state is not None:
+            self.env.set_state(state["simulator"])
+            self.obs = {name: value.numpy() for name, value in state["obs"].items()}
+            self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
 
 
-def clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef):
-    """HAPPO's objective per sample, to be maximised: min(r M, clip(r, 1 +- eps) M).
-
-    M = A times the product of the preceding agents' ratios, which is not clipped and has no gradient.
-    """
-    weighted = preceding_ratio.detach() * advantages
-    return torch.min(ratio * weighted, ratio.clamp(1 - clip_coef, 1 + clip_coef) * weighted)
-
-
-def value_loss(values, old_values, targets, clip_coef, huber_delta):
-    """Clipped Huber loss per sample, all in normalised units (MAPPO default): the worse of free and clipped value."""
-    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    free_loss = F.huber_loss(values, targets, reduction="none", delta=huber_delta)
-    return torch.max(free_loss, F.huber_loss(clipped, targets, reduction="none", delta=huber_delta))
+def make_envs(args: Args) -> Episodes:
+    print(f"simulator: {args.simulator} (StarCraft II: {find_starcraft2()[1]})")
+    if args.simulator == "smax":
+        return Episodes(SMAX(args.map, args.num_envs, args.seed))
+    # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
+    game = functools.partial(StarCraft2, args.map)
+    return Episodes(Games(game, args.num_envs, 1000 * args.seed, args.num_workers, args.worker_timeout))
 
 
-def masked_mean(x, mask):
-    """Mean over the samples alone; mask is 1 for a sample, 0 for a dead agent's step or a filler step."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+# --------------------------------------------------------------------------------------------------------- the run
+PACKAGES = ("torch", "numpy", "gymnasium", "jaxmarl", "smacv2")  # whose versions are written down
+TASK = ("map", "simulator")  # a checkpoint's networks are for these
+GAMES = ("num_envs",)  # its saved games are of these, too
+SCORE = "win_rate"  # what evaluations are about
+RAW = {"won": "won", "returns": "return"}  # list in eval.jsonl: number of each episode
 
 
-def normalize_advantages(advantages, mask):
-    """Zero mean and unit variance over the samples of the update at hand."""
-    mean = masked_mean(advantages, mask)
-    std = masked_mean((advantages - mean).square(), mask).sqrt()
-    return (advantages - mean) / (std + 1e-5)
+def task_name(args: Args) -> str:
+    return f"{args.map}-{args.simulator}"
 
 
-def values_for_the_dead(values, alive):
-    """Values (..., n) with a dead agent's replaced by the mean of its living team-mates'.
-
-    The reward is the team's, so they estimate the same return; the critic is not trained on dead agents' steps.
-    """
-    team = (values * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(alive.bool(), values, team)
-
-
-def to_sequences(x, length, rows):
-    """(T, N, n, ...) -> (length, S, ...): one sequence per chunk, environment and agent; `rows` of them."""
-    return x.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 3).index_select(1, rows)
-
-
-def from_sequences(x, rows, shape):
-    """The inverse of to_sequences for shape (T, N, n), with zeros where `rows` left a sequence out."""
-    T, N, n = shape
-    whole = x.new_zeros(len(x), T // len(x) * N * n).index_copy(1, rows, x)
-    return whole.unflatten(1, (-1, N, n)).transpose(0, 1).flatten(0, 1)
-
-
-def sequence_policy(actor, sequences, columns):
-    """log pi(a) and entropy (L, s) of some sequences, by the actor as it is now, from their stored first GRU states."""
-    obs, start, masks, actions = (sequences[k].index_select(1, columns) for k in ("obs", "start", "masks", "actions"))
-    logits, _ = actor(obs, sequences["actor_hidden"][columns], start)
-    policy = masked_policy(logits, masks)
-    return policy.log_prob(actions), policy.entropy()
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-@torch.no_grad()
-def evaluate(actor, envs, episodes: int, device) -> tuple[list[int], list[float]]:
-    """Greedy episodes from new starts: who won (1 or 0) and the return, for each of them.
-
-    Every environment plays a fixed share, so that short episodes are not favoured; crashed ones are played again.
-    """
-    n, share = envs.single_action_space.shape[0], np.full(envs.num_envs, episodes // envs.num_envs)
-    share[: episodes % envs.num_envs] += 1
-    won, returns, running = [], [], np.zeros(envs.num_envs)
-    obs, _ = envs.reset()
-    hidden = torch.zeros(envs.num_envs * n, actor.gru.hidden_size, device=device)
-    start, final = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs, bool)
-    while (share > 0).any():
-        inputs = torch.as_tensor(obs["obs"], device=device).flatten(0, 1)
-        starts = torch.as_tensor(start, dtype=torch.float32, device=device).repeat_interleave(n)
-        logits, states = actor(inputs[None], hidden, starts[None])
-        mask = torch.as_tensor(obs["action_mask"], device=device).bool()
-        actions = masked_policy(logits.view(mask.shape), mask).logits.argmax(-1)
-        hidden, start = states[0], final
-        obs, reward, terminated, truncated, info = envs.step(actions.cpu().numpy())
-        final, running = terminated | truncated, running + reward
-        for e in np.flatnonzero(final):
-            if share[e] > 0 and not info.get("crashed", final & False)[e]:
-                won.append(int(info["won"][e]))
-                returns.append(round(float(running[e]), 4))
-                share[e] -= 1
-            running[e] = 0.0
-    return won, returns
-
-
-# ------------------------------------------------------------------------------------------------------------ runs
 def usage_error(option: str, value, allowed: str):
     """One line that names the option, the value and what is allowed; exit status 2."""
     print(f"{Path(__file__).name}: error: {option} {value}: {allowed}", file=sys.stderr)
@@ -651,64 +1044,230 @@ def read_checkpoint(path: Path, option: str) -> dict:
     """A checkpoint of one of these scripts; anything else is an error in `option`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not {"args", "script", "actor"} <= set(checkpoint):
+        if not isinstance(checkpoint, dict) or not {"args", "script", "learned"} <= set(checkpoint):
             raise ValueError("other contents")
     except FileNotFoundError:
         usage_error(option, path, "no such file")
     except Exception:
-        usage_error(option, path, "is not a checkpoint of this script")
+        usage_error(option, path, "is not a checkpoint of this script, as it is now")
     return checkpoint
 
 
-def write_checkpoint(path: Path, checkpoint: dict):
-    """To a temporary file that is then renamed: a crash while writing leaves the last good one."""
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+class Run:
+    """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
+
+    It is over after total_timesteps or at the end of the iteration in which Ctrl-C or SIGTERM comes (a second one ends
+    it at once). In any case, and also when its games fail, what was learned is saved.
+    """
+
+    def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):
+        """learned: networks, normalisers, optimisers; hidden: states of GRUs. Both go into checkpoints, by name."""
+        self.args, self.envs, self.device, self.learned, self.hidden = args, envs, device, learned, hidden
+        self.progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
+        self.noted, self.scores, self.stop_signal = {}, {"sampled": math.nan, "greedy": math.nan}, 0
+        self.checkpoint = self.load(*saved_in(args)) if args.resume or args.eval_only else None
+
+    def load(self, path: Path, option: str) -> dict:
+        checkpoint = read_checkpoint(path, option)
+        saved = checkpoint["args"] | {"script": checkpoint["script"]}
+        same = {name: getattr(self.args, name) for name in TASK}
+        if self.args.resume:
+            same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
+        for name, value in same.items():
+            if saved[name] != value:
+                usage_error(option, path, f"is of {name} {saved[name]}, not of {value}")
+        try:
+            for name, part in self.learned.items():
+                if self.args.resume or name in checkpoint["learned"]:
+                    part.load_state_dict(checkpoint["learned"][name])
+        except (KeyError, ValueError, RuntimeError):
+            usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
+        for part in self.learned.values():
+            if isinstance(part, torch.optim.Optimizer):
+                part.param_groups[0]["lr"] = self.args.learning_rate
+        return checkpoint
+
+    def report(self, episodes: list[dict[str, float]]):
+        means = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in summarize(episodes).items())
+        print(f"{len(episodes)} greedy episodes: {means}")
+        self.envs.close()
+
+    def __enter__(self):
+        name = f"{task_name(self.args)}__{Path(__file__).stem}__{self.args.seed}"
+        self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
+        self.evaluations = self.folder / "eval.jsonl"
+        settings = dataclasses.asdict(self.args) | {"resume": ""}
+        config = settings | {"script": Path(__file__).stem, "device": str(self.device)}
+        config["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        print(f"{self.folder}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project=self.args.wandb_project, name=self.folder.name, config=config, sync_tensorboard=True)
+        if self.checkpoint:
+            self.go_back()
+            self.writer = SummaryWriter(self.folder, purge_step=self.progress["global_step"] + 1)
+        else:
+            self.envs.reset()
+            self.writer = SummaryWriter(self.folder)
+            self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        total, step = self.args.total_timesteps, self.progress["global_step"]
+        self.bar = tqdm(total=total, initial=step, unit="step", unit_scale=True)
+        self.begin = time.perf_counter() - self.progress["seconds"]
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or kind is GamesFailed:
+            self.save()
+        self.bar.close()
+        self.writer.close()
+        self.envs.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is GamesFailed:
+            sys.exit(f"{error}; go on with --resume {self.folder}")
+        if kind is None and self.stop_signal:
+            print(f"stopped by signal {self.stop_signal}; go on with --resume {self.folder}", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+
+    def ask_to_stop(self, number, frame):
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def go_back(self):
+        """To where the checkpoint was written; evaluations after it will be done again."""
+        self.progress = self.checkpoint["progress"]
+        self.envs.crashes = self.progress["crashes"]
+        torch.set_rng_state(self.checkpoint["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in self.checkpoint:
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+        self.envs.set_state(self.checkpoint["envs"])
+        self.hidden |= {name: states.to(self.device) for name, states in self.checkpoint["hidden"].items()}
+        if self.evaluations.exists():
+            lines = [line for line in self.evaluations.read_text().splitlines() if line.endswith("}")]  # whole ones
+            kept = [line for line in lines if json.loads(line)["step"] <= self.progress["global_step"]]
+            self.evaluations.write_text("".join(f"{line}\n" for line in kept))
+
+    def save(self):
+        """To a temporary file that is then renamed: a crash while writing leaves the last good one."""
+        self.progress["crashes"] = self.envs.crashes
+        contents = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "script": Path(__file__).stem}
+        contents |= {"learned": {name: part.state_dict() for name, part in self.learned.items()}}
+        contents |= {"hidden": self.hidden, "envs": self.envs.get_state(), "progress": self.progress}
+        contents |= {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            contents["cuda_rng"] = torch.cuda.get_rng_state()
+        torch.save(contents, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def goes_on(self) -> bool:
+        """Whether there is another iteration; its time begins."""
+        self.lap_begin, self.seconds = time.perf_counter(), {}
+        return self.progress["global_step"] < self.args.total_timesteps and not self.stop_signal
+
+    def lap(self, name: str):
+        """The seconds since the last call, or the iteration's begin, were for this part of it."""
+        now = time.perf_counter()
+        self.seconds[name], self.lap_begin = now - self.lap_begin, now
+
+    def note(self, group: str, **numbers):
+        """Numbers of which the iteration's mean will be logged, as group/name."""
+        for name, number in numbers.items():
+            self.noted.setdefault(f"{group}/{name}", []).append(torch.as_tensor(number, device=self.device).detach())
+
+    def log(self, steps: int, episodes: list[dict[str, float]]):
+        """An iteration is over: what was noted, the episodes that ended in it, and its speed."""
+        means = torch.stack([torch.stack(values).float().mean() for values in self.noted.values()]).tolist()
+        scalars = dict(zip(self.noted, means, strict=True))
+        if not all(math.isfinite(mean) for mean in means):
+            number = self.progress["iteration"] + 1
+            sys.exit(f"iteration {number}: a loss or gradient is not finite; the last checkpoint is as it was")
+        self.noted, self.steps = {}, steps
+        self.progress["iteration"] += 1
+        self.progress["global_step"] += steps
+        self.progress["seconds"] = time.perf_counter() - self.begin
+        scalars |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        scalars["charts/SPS"] = steps / sum(self.seconds.values())
+        scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/crashes": self.envs.crashes}
+        if episodes:
+            summary = summarize(episodes)
+            self.scores["sampled"] = summary[SCORE]
+            scalars |= {f"charts/{name}": value for name, value in summary.items()}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.progress["global_step"])
+        self.bar.update(steps)
+        scores = ", ".join(f"{kind} {score:.2f}" for kind, score in self.scores.items())
+        self.bar.set_postfix_str(f"SPS {scalars['charts/SPS']:.0f}, {SCORE.replace('_', ' ')}: {scores}")
+
+    def is_due(self, every: int) -> bool:
+        """Whether the iteration passed a multiple of `every` steps, or the end of the run."""
+        before, now = self.progress["global_step"] - self.steps, self.progress["global_step"]
+        return before // every < now // every or now >= self.args.total_timesteps
+
+    def log_evaluation(self, episodes: list[dict[str, float]]):
+        summary = summarize(episodes)
+        self.scores["greedy"] = summary[SCORE]
+        step, seconds = self.progress["global_step"], round(self.progress["seconds"], 2)
+        record = {"step": step, "seconds": seconds, SCORE: summary[SCORE]}
+        record |= {name: [episode[number] for episode in episodes] for name, number in RAW.items()}
+        with self.evaluations.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in summary.items():
+            self.writer.add_scalar(f"eval/{name}", value, step)
 
 
-def new_run_dir(name: str) -> Path:
+def new_folder(name: str) -> Path:
     """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
     while True:
-        run_dir = Path("runs") / f"{name}__{int(time.time())}"
+        folder = Path("runs") / f"{name}__{int(time.time())}"
         try:
-            run_dir.mkdir(parents=True)
-            return run_dir
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             time.sleep(0.1)
+
+
+def saved_in(args: Args) -> tuple[Path, str]:
+    """The checkpoint that --resume or --eval-only asks for, and the option to blame if it is no good."""
+    if args.eval_only:
+        if not args.checkpoint or args.resume:
+            usage_error("--eval-only", args.eval_only, "needs --checkpoint FILE, and no --resume")
+        return Path(args.checkpoint), "--checkpoint"
+    if args.checkpoint:
+        usage_error("--checkpoint", args.checkpoint, "is for --eval-only; to go on with a run use --resume RUN_DIR")
+    if args.resume and not Path(args.resume, "checkpoint.pt").is_file():
+        usage_error("--resume", args.resume, "must be a run directory with a checkpoint.pt in it")
+    return Path(args.resume, "checkpoint.pt"), "--resume"
 
 
 def parse_args(argv=None) -> Args:
     """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
     args = tyro.cli(Args, args=argv)
-    saved_in, option = (Path(args.resume) / "checkpoint.pt", "--resume") if args.resume else ("", "")
-    if args.eval_only:
-        if not args.checkpoint or args.resume:
-            usage_error("--eval-only", args.eval_only, "needs --checkpoint FILE, and no --resume")
-        saved_in, option = Path(args.checkpoint), "--checkpoint"
-    elif args.checkpoint:
-        usage_error("--checkpoint", args.checkpoint, "is for --eval-only; to go on with a run use --resume RUN_DIR")
-    if not option:
+    path, option = saved_in(args)
+    if not (args.resume or args.eval_only):
         return args
-    if args.resume and not saved_in.is_file():
-        usage_error(option, args.resume, "must be a run directory with a checkpoint.pt in it")
-    checkpoint = read_checkpoint(saved_in, option)
     try:
-        defaults = Args(**checkpoint["args"])
+        defaults = Args(**read_checkpoint(path, option)["args"])
     except TypeError:
-        usage_error(option, saved_in, f"was written by another script than {Path(__file__).name}")
+        usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     return tyro.cli(Args, default=defaults, args=argv)
 
 
 def complete_args(args: Args) -> Args:
-    """Fill in what depends on the map, the simulator and the machine, and check what can be checked without them."""
-    num_envs = args.num_envs if args.num_envs is not None else 64 if args.simulator == "smax" else 8
-    defaults = TABLE_7.get(args.map, TABLE_7["3s5z"]) | {
+    """Fill in what depends on the map, the simulator and the machine, and check the options."""
+    simulator = choose_simulator(args.simulator, args.map)
+    num_envs = args.num_envs if args.num_envs is not None else 64 if simulator == "smax" else 8
+    defaults = dict(zip(TABLE_7_COLUMNS, TABLE_7.get(args.map, TABLE_7["3s5z"]), strict=True)) | {
         "num_envs": num_envs,
         "num_steps": max(1, 3200 // max(1, num_envs) // max(1, args.chunk_length)) * max(1, args.chunk_length),
+        "num_workers": num_envs,
         "torch_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-    missing = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
-    args = dataclasses.replace(args, **{name: defaults[name] for name in missing})
+    missing = {name: defaults[name] for name, value in vars(args).items() if value is None}
+    recurrent = args.recurrent and args.map not in NOT_RECURRENT
+    args = dataclasses.replace(args, simulator=simulator, recurrent=recurrent, **missing)
     check_args(args)
     if args.num_steps % args.chunk_length:
         usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
@@ -730,313 +1289,6 @@ def check_args(args: Args):
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:
         usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
-
-
-def main(args: Args):
-    simulator, reason = choose_simulator(args.simulator, args.map)
-    args = complete_args(dataclasses.replace(args, simulator=simulator))
-    print(f"simulator: {simulator} ({reason})")
-    torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-
-    envs = make_envs(simulator, args.map, args.num_envs, args.seed)
-    spaces = envs.single_observation_space
-    T, N, (n, obs_dim), state_dim = args.num_steps, args.num_envs, spaces["obs"].shape, spaces["state"].shape[0]
-    n_actions, H, L = int(envs.single_action_space.nvec[0]), args.hidden_size, args.chunk_length
-    if args.agent_blocks > n:
-        usage_error("--agent-blocks", args.agent_blocks, f"must be at most {n}, the number of agents on {args.map}")
-
-    actor = RecurrentNetwork(obs_dim, n_actions, H, gain=0.01).to(device)
-    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, gain=1.0).to(device)
-    normalizer = ValueNormalizer().to(device)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, eps=1e-5)
-    learned = {
-        "actor": actor,
-        "critic": critic,
-        "normalizer": normalizer,
-        "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer,
-    }
-
-    checkpoint = None
-    if args.resume or args.eval_only:
-        source, option = (args.resume, "--resume") if args.resume else (args.checkpoint, "--checkpoint")
-        checkpoint = read_checkpoint(Path(source) / "checkpoint.pt" if args.resume else Path(source), option)
-        same = {"map": args.map, "simulator": simulator}
-        if args.resume:  # the saved simulator state has this many environments
-            same |= {"script": Path(__file__).stem, "num_envs": N}
-        for name, value in same.items():
-            saved = (checkpoint["args"] | {"script": checkpoint["script"]})[name]
-            if saved != value:
-                usage_error(option, source, f"is of {name} {saved}, not of {value}")
-        try:
-            for name, part in learned.items():
-                part.load_state_dict(checkpoint[name])
-        except (KeyError, ValueError, RuntimeError):
-            usage_error(option, source, f"does not fit networks with --hidden-size {H} on {args.map}")
-        for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate
-    if args.eval_only:
-        won, returns = evaluate(actor, envs, args.eval_episodes, device)
-        print(f"{len(won)} greedy episodes: win rate {np.mean(won):.3f}, mean return {np.mean(returns):.3f}")
-        envs.close()
-        return
-
-    run_name = f"{args.map}-{simulator}__{Path(__file__).stem}__{args.seed}"
-    run_dir = Path(args.resume) if args.resume else new_run_dir(run_name)
-    packages = ("torch", "numpy", "gymnasium", "jaxmarl" if simulator == "smax" else "smacv2")
-    config = dataclasses.asdict(args) | {"resume": "", "reason": reason, "script": Path(__file__).stem}
-    config |= {"device": str(device), "versions": {name: importlib.metadata.version(name) for name in packages}}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"{run_dir}: " + ", ".join(f"{k} {v}" for k, v in config.items() if k in Args.__annotations__))
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project, name=run_dir.name, config=config, sync_tensorboard=True)
-
-    # The rollout, time-major: (T, N, n, ...), and one more step where the last value needs it.
-    obs = torch.zeros(T + 1, N, n, obs_dim, device=device)
-    state = torch.zeros(T + 1, N, state_dim, device=device)
-    alive = torch.zeros(T + 1, N, n, device=device)
-    start = torch.zeros(T + 1, N, device=device)  # 1: the first observation of an episode
-    final = torch.zeros(T + 1, N, device=device)  # 1: the last one, its action is ignored and it is no sample
-    masks = torch.zeros(T, N, n, n_actions, dtype=torch.bool, device=device)
-    actions = torch.zeros(T, N, n, dtype=torch.long, device=device)
-    log_probs = torch.zeros(T, N, n, device=device)
-    rewards = torch.zeros(T, N, 1, device=device)
-    terminated = torch.zeros(T, N, device=device)
-    actor_hidden = torch.zeros(T // L, N, n, H, device=device)  # before the first step of each chunk
-
-    # Where the run stands; all of it goes into checkpoints.
-    progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
-    hidden = {name: torch.zeros(N, n, H, device=device) for name in ("actor", "critic")}
-    next_start, next_final = torch.ones(N), torch.zeros(N)
-    episode_return, episode_length = torch.zeros(N), torch.zeros(N)
-    if checkpoint:
-        progress = checkpoint["progress"]
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda" and "cuda_rng" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-    if checkpoint and checkpoint["envs"] is not None:
-        envs.set_state(checkpoint["envs"])
-        next_obs = {name: value.numpy() for name, value in checkpoint["next_obs"].items()}
-        hidden = {name: value.to(device) for name, value in checkpoint["hidden"].items()}
-        next_start, next_final, episode_return, episode_length = checkpoint["episode"]
-    else:
-        next_obs, _ = envs.reset(seed=None if simulator == "starcraft2" else args.seed)
-    eval_file = run_dir / "eval.jsonl"
-    if args.resume and eval_file.exists():  # evaluations after the checkpoint will be done again
-        lines = [r for r in eval_file.read_text().splitlines() if r.endswith("}")]  # not one that was cut off
-        kept = [r for r in lines if json.loads(r)["step"] <= progress["global_step"]]
-        eval_file.write_text("".join(f"{r}\n" for r in kept))
-    writer = SummaryWriter(run_dir, purge_step=progress["global_step"] + 1 if checkpoint else None)
-    if not checkpoint:
-        writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
-
-    def save():
-        contents = {name: part.state_dict() for name, part in learned.items()}
-        contents |= {"args": dataclasses.asdict(args) | {"resume": ""}}
-        contents |= {"script": Path(__file__).stem, "progress": progress, "rng": torch.get_rng_state()}
-        contents |= {"envs": envs.get_state(), "hidden": hidden}
-        contents |= {"next_obs": {name: torch.from_numpy(np.array(value)) for name, value in next_obs.items()}}
-        contents |= {"episode": [next_start, next_final, episode_return, episode_length]}
-        if device.type == "cuda":
-            contents["cuda_rng"] = torch.cuda.get_rng_state()
-        write_checkpoint(run_dir / "checkpoint.pt", contents)
-
-    def leave(error):
-        save()
-        sys.exit(f"{error}; go on with --resume {run_dir}")
-
-    stop_signals = []  # Ctrl-C and SIGTERM are seen to between two iterations; a second one ends the run at once
-
-    def ask_to_stop(number, _):
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    old_handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    policy_update = torch.compile(actor, dynamic=True) if args.compile else actor
-    value_update = torch.compile(critic, dynamic=True) if args.compile else critic
-    bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step", unit_scale=True)
-    recent_wins, recent_returns, recent_lengths, win_rate, greedy_win_rate = [], [], [], math.nan, math.nan
-    begin = time.perf_counter() - progress["seconds"]
-    while progress["global_step"] < args.total_timesteps and not stop_signals:
-        # ---------------------------------------------------------------------------------------- collect a rollout
-        rollout_begin = time.perf_counter()
-        first_critic_hidden = hidden["critic"]
-        with torch.no_grad():
-            for t in range(T + 1):
-                for buffer, name in ((obs, "obs"), (state, "state"), (alive, "alive")):
-                    buffer[t] = torch.as_tensor(next_obs[name])
-                start[t], final[t] = next_start, next_final
-                if t == T:
-                    break
-                masks[t] = torch.as_tensor(next_obs["action_mask"])
-                if t % L == 0:
-                    actor_hidden[t // L] = hidden["actor"]
-                starts = start[t].repeat_interleave(n)
-                logits, states = actor(obs[t].flatten(0, 1)[None], hidden["actor"].flatten(0, 1), starts[None])
-                policy = masked_policy(logits.view(N, n, n_actions), masks[t])
-                actions[t] = policy.sample()
-                log_probs[t] = policy.log_prob(actions[t])
-                hidden["actor"] = states.view(N, n, H)
-
-                try:
-                    next_obs, reward, term, trunc, info = envs.step(actions[t].cpu().numpy())
-                except GameDied as error:
-                    leave(error)
-                crashed = torch.as_tensor(info.get("crashed", np.zeros(N, bool)))
-                final[t] = torch.max(final[t], crashed.to(device))  # no sample; the one before it ends the trace
-                rewards[t, :, 0], terminated[t] = torch.as_tensor(reward), torch.as_tensor(term)
-                next_start, next_final = next_final, torch.as_tensor(term | trunc).float()
-                episode_return = (episode_return + torch.as_tensor(reward)) * (1 - next_start)
-                episode_length = (episode_length + 1) * (1 - next_start)
-                for e in np.flatnonzero((term | trunc) & ~crashed.numpy()):
-                    recent_wins.append(float(info["won"][e]))
-                    recent_returns.append(float(episode_return[e]))
-                    recent_lengths.append(float(episode_length[e]))
-
-            # Critic values for the whole rollout at once, in units of return, as the normaliser is now.
-            critic_inputs = torch.cat([state.unsqueeze(2).expand(-1, -1, n, -1), obs], -1)
-            starts = start.repeat_interleave(n, dim=1)
-            values, states = critic(critic_inputs.flatten(1, 2), first_critic_hidden.flatten(0, 1), starts)
-            old_values = values.view(T + 1, N, n)
-            values = values_for_the_dead(normalizer.denormalize(old_values), alive)
-            states = states.view(T + 1, N, n, H)
-            critic_hidden = torch.cat([first_critic_hidden[None], states[L - 1 : T - 1 : L]])
-            hidden["critic"] = states[-2]
-        done, sample = final[1:], alive[:-1] * (1 - final[:-1]).unsqueeze(-1)  # (T, N), (T, N, n)
-        steps = int((1 - final[:-1]).sum())
-        rollout_seconds = time.perf_counter() - rollout_begin
-
-        # --------------------------------------------------------------------------------------------------- update
-        update_begin = time.perf_counter()
-        trace = (rewards, values, terminated, done)
-        advantages = gae_advantages(*trace, args.gamma, args.gae_lambda)
-        returns = advantages + values[:-1]
-        normalizer.update(returns[sample.bool()])
-        old_values = normalizer.normalize(values[:-1])
-        explained = 1 - (advantages[sample.bool()].var() / returns[sample.bool()].var())
-
-        # Sequences for truncated back-propagation, without those that hold no sample; `rows % n` are their agents.
-        rows = sample.unflatten(0, (-1, L)).any(1).flatten().nonzero().squeeze(-1)
-        sequences = {"obs": obs[:-1], "critic_inputs": critic_inputs[:-1], "masks": masks, "actions": actions}
-        sequences |= {"log_probs": log_probs, "old_values": old_values, "sample": sample}
-        sequences["start"] = start[:-1].unsqueeze(-1).expand(-1, -1, n)
-        sequences = {name: to_sequences(x, L, rows) for name, x in sequences.items()}
-        sequences["actor_hidden"] = actor_hidden.flatten(0, 2)[rows]
-        sequences["critic_hidden"] = critic_hidden.flatten(0, 2)[rows]
-
-        # A random order of the agents and its blocks; ceil(P / blocks) times through them, as for A2PO.
-        order = torch.randperm(n).tolist()
-        blocks = torch.tensor(order, device=device).tensor_split(args.agent_blocks)
-        metrics = []
-        for block in list(blocks) * math.ceil(args.update_epochs / len(blocks)):
-            in_block = torch.isin(rows % n, block)
-            columns, others = in_block.nonzero().squeeze(-1), (~in_block).nonzero().squeeze(-1)
-            weight = sequences["sample"][:, columns]
-            new_log_probs, entropy = sequence_policy(policy_update, sequences, columns)
-            log_ratio = ((new_log_probs - sequences["log_probs"][:, columns]) * weight).clamp(-20, 20)
-            ratio = log_ratio.exp()
-
-            # The parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
-            with torch.no_grad():
-                others_log_probs, _ = sequence_policy(policy_update, sequences, others)
-                others_log_ratio = others_log_probs - sequences["log_probs"][:, others]
-                log_ratios = torch.cat([log_ratio, others_log_ratio * sequences["sample"][:, others]], 1)
-                joint_log_ratio = from_sequences(log_ratios, rows[torch.cat([columns, others])], sample.shape).sum(-1)
-
-            # The preceding agents are everyone but i.
-            joint_log_ratio = to_sequences(joint_log_ratio.unsqueeze(-1).expand(-1, -1, n), L, rows[columns])
-            preceding_ratio = (joint_log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
-            advantage = normalize_advantages(to_sequences(advantages, L, rows[columns]), weight)
-            surrogate = clipped_surrogate(ratio, preceding_ratio, advantage, args.clip_coef)
-            policy_loss, entropy = -masked_mean(surrogate, weight), masked_mean(entropy, weight)
-            targets = to_sequences(normalizer.normalize(returns), L, rows[columns])
-            new_values, _ = value_update(
-                sequences["critic_inputs"].index_select(1, columns),
-                sequences["critic_hidden"][columns],
-                sequences["start"][:, columns],
-            )
-            old = sequences["old_values"][:, columns]
-            losses = value_loss(new_values.squeeze(-1), old, targets, args.clip_coef, args.huber_delta)
-            critic_loss = masked_mean(losses, weight)
-
-            actor_optimizer.zero_grad()
-            critic_optimizer.zero_grad()
-            (policy_loss - args.ent_coef * entropy + critic_loss).backward()
-            actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-            actor_optimizer.step()
-            critic_optimizer.step()
-
-            with torch.no_grad():
-                clipped = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), weight)
-                update = {"losses/policy_loss": policy_loss, "losses/value_loss": critic_loss}
-                update |= {"losses/entropy": entropy, "losses/clipfrac": clipped}
-                update |= {"losses/actor_grad_norm": actor_norm, "losses/critic_grad_norm": critic_norm}
-                update["losses/approx_kl"] = masked_mean(ratio - 1 - log_ratio, weight)
-                metrics.append(update)
-        names = list(dict.fromkeys(name for update in metrics for name in update))
-        means = {name: torch.stack([m[name].detach() for m in metrics if name in m]).mean() for name in names}
-        means = dict(zip(names, torch.stack(list(means.values())).tolist(), strict=True))
-        update_seconds = time.perf_counter() - update_begin
-        if not all(math.isfinite(value) for value in means.values()):
-            number = progress["iteration"] + 1
-            sys.exit(f"iteration {number}: a loss or gradient is not finite; the last checkpoint is as it was")
-
-        # ------------------------------------------------------------------------------------- log, evaluate, save
-        progress["iteration"] += 1
-        progress["global_step"] += steps
-        progress["seconds"] = time.perf_counter() - begin
-        if recent_wins:
-            win_rate = float(np.mean(recent_wins))
-            writer.add_scalar("charts/win_rate", win_rate, progress["global_step"])
-            writer.add_scalar("charts/episodic_return", np.mean(recent_returns), progress["global_step"])
-            writer.add_scalar("charts/episodic_length", np.mean(recent_lengths), progress["global_step"])
-            recent_wins, recent_returns, recent_lengths = [], [], []
-        means |= {"losses/explained_variance": float(explained), "charts/learning_rate": args.learning_rate}
-        means |= {"time/rollout_seconds": rollout_seconds, "time/update_seconds": update_seconds}
-        means |= {"charts/SPS": steps / (rollout_seconds + update_seconds)}
-        means |= {f"happo/position_of_agent/{agent}": place for place, agent in enumerate(order, 1)}
-        for name, value in means.items():
-            writer.add_scalar(name, value, progress["global_step"])
-        before, now = progress["global_step"] - steps, progress["global_step"]
-        if before // args.eval_every < now // args.eval_every or now >= args.total_timesteps:
-            simulator_state = envs.get_state()
-            try:
-                won, returns = evaluate(actor, envs, args.eval_episodes, device)
-                if simulator_state is not None:
-                    envs.set_state(simulator_state)
-                else:
-                    next_obs, _ = envs.reset()
-                    next_start, next_final = torch.ones(N), torch.zeros(N)
-                    episode_return, episode_length = torch.zeros(N), torch.zeros(N)
-            except GameDied as error:
-                leave(error)
-            greedy_win_rate = float(np.mean(won))
-            record = {"step": progress["global_step"], "seconds": round(progress["seconds"], 2)}
-            record |= {"win_rate": greedy_win_rate, "won": won, "returns": returns}
-            with eval_file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            writer.add_scalar("eval/win_rate", greedy_win_rate, progress["global_step"])
-            writer.add_scalar("eval/episodic_return", np.mean(returns), progress["global_step"])
-        if before // args.save_every < now // args.save_every:
-            save()
-        bar.update(steps)
-        bar.set_postfix_str(f"SPS {means['charts/SPS']:.0f}, win rate {win_rate:.2f}, greedy {greedy_win_rate:.2f}")
-
-    save()
-    bar.close()
-    writer.close()
-    envs.close()
-    for number, handler in old_handlers.items():
-        signal.signal(number, handler)
-    if stop_signals:
-        print(f"stopped by signal {stop_signals[0]}; go on with --resume {run_dir}", file=sys.stderr)
-        sys.exit(128 + stop_signals[0])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 Every run is a process of its own, `python {script}.py ...`, with one line in a live view and a log in runs/logs/. Ray
 shares out the CPUs (and GPUs) of this machine, or with --address those of a cluster, whose machines need this folder
 and this Python under the same paths (and where the cluster asks for a token, RAY_AUTH_MODE=token and the token here).
+What a script refuses, such as a game that is not installed here, ends this program before anything is started.
 Ctrl-C stops the runs at the end of their iteration and saves them, a second one ends them at once; the same command
 later goes on. What is done and what was cut off is read from the run directories: a run belongs to a job if all of
 its settings do that change the numbers, whoever started it.
@@ -17,7 +18,6 @@ Table 6 runs one job at a time, on all cores; seconds for rollout and update are
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -69,7 +69,7 @@ MATRICES = {
 # Settings that do not change a run's numbers, or say how far it goes.
 FREE = set(
     "total_timesteps save_every resume eval_only checkpoint track wandb_project cuda compile torch_threads num_workers "
-    "capture_video worker_timeout".split()
+    "worker_timeout".split()
 )
 
 
@@ -222,10 +222,7 @@ def belongs(run_dir: Path, job: Job) -> bool:
         config = json.loads((run_dir / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    args, module = settings(job), load(job.script)
-    if getattr(args, "simulator", None) == "auto":
-        args = dataclasses.replace(args, simulator=config.get("simulator"))
-    wanted = vars(module.complete_args(args))
+    wanted = vars(load(job.script).complete_args(settings(job)))
     return all(config.get(name, value) == value for name, value in wanted.items() if name not in FREE)
 
 
@@ -493,17 +490,6 @@ def check_args(args: Args):
         usage_error(f"--dir {args.dir}", "no such folder")
 
 
-def check_simulators(jobs: list[Job]):
-    """Before hours of runs: whether this machine can play the games."""
-    for script, simulator, task in {
-        (j.script, settings(j).simulator, settings(j).map) for j in jobs if "smac" in j.script.stem
-    }:
-        try:
-            load(script).choose_simulator(simulator, task)
-        except SystemExit:
-            usage_error("these jobs", "this machine cannot run them (the line above), perhaps with --smax")
-
-
 def main(args: Args) -> int:
     check_args(args)
     base = args.dir.resolve()
@@ -519,8 +505,6 @@ def main(args: Args) -> int:
     if not args.dry_run:
         for job in jobs:
             settings(job)
-        if not args.address:
-            check_simulators(jobs)
         (base / "runs" / "logs").mkdir(parents=True, exist_ok=True)
         lock = (base / "runs" / "logs" / ".lock").open("w")
         try:

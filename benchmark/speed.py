@@ -14,9 +14,8 @@ Writes speed.json and speed.md into --out.
 """
 
 import contextlib
+import functools
 import importlib
-import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -87,36 +86,41 @@ class Synthetic(gym.vector.VectorEnv):
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
-    def __init__(self, observation_space, action_space, num_envs: int, seed: int = 0, rewards=(), info=None):
-        """rewards: the shape of a reward, () for a team's; info: what `info` has besides."""
+    def __init__(self, observation_space, action_space, num_envs: int, rewards=(), numbers=(), seed: int = 0):
+        """rewards: the shape of a reward, () for a team's; numbers: names of what an episode's end tells."""
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self._random, self._rewards, self._info = np.random.default_rng(seed), rewards, info or {}
+        self.has_joint = np.ones(action_space.shape, bool)  # MuJoCo's
+        self._random, self._rewards = np.random.default_rng(seed), rewards
+        self._info = {"episode": {name: np.zeros(num_envs) for name in numbers}}
         self._data = [self._draw() for _ in range(8)]
         self._time, self._final = 0, np.zeros(num_envs, bool)
 
     def _draw(self):
-        def numbers(name, space):
-            if isinstance(space, gym.spaces.Box):
-                return self._random.standard_normal((self.num_envs, *space.shape)).astype(space.dtype)
-            values = np.ones((self.num_envs, *space.shape), space.dtype)
-            if name != "alive":  # a mask, of which the first action is always there
-                values[..., 1:] = self._random.random(values[..., 1:].shape) < 0.7
-            return values
-
-        space = self.single_observation_space
-        parts = space.items() if isinstance(space, gym.spaces.Dict) else [("", space)]
-        obs = {name: numbers(name, part) for name, part in parts}
-        reward = self._random.standard_normal((self.num_envs, *self._rewards)).astype(np.float32)
-        return obs if isinstance(space, gym.spaces.Dict) else obs[""], reward
+        obs = {}
+        for name, space in self.observation_space.items():
+            if np.issubdtype(space.dtype, np.floating):
+                obs[name] = self._random.standard_normal(space.shape).astype(space.dtype)
+            else:
+                obs[name] = np.ones(space.shape, space.dtype)
+        if "action_mask" in obs:  # the first action is always there
+            others = obs["action_mask"][..., 1:]
+            others[:] = self._random.random(others.shape) < 0.7
+        return obs, self._random.standard_normal((self.num_envs, *self._rewards)).astype(np.float32)
 
     def reset(self, *, seed=None, options=None):
         self._final = np.zeros(self.num_envs, bool)
-        return self._data[0][0], self._info
+        return self._data[0][0], {}
 
     def step(self, actions):
+        return self.step_wait()
+
+    def step_async(self, actions):
+        pass
+
+    def step_wait(self):
         self._time += 1
         obs, reward = self._data[self._time % len(self._data)]
         # Episodes of 60 steps on average, half of them ended by the time limit.
@@ -124,107 +128,66 @@ class Synthetic(gym.vector.VectorEnv):
         self._final, limit = ends, self._time % 2 == 0
         return obs, reward, ends & (not limit), ends & limit, self._info
 
-    def get_state(self):
-        return None
 
-    def set_state(self, state):
-        pass
-
-
-class SyntheticHalves(Synthetic):
-    """With what Football has besides: the halves of the environments can be played in turn."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        middle = (self.num_envs + 1) // 2
-        self.crashes, self.halves = 0, [slice(0, middle), slice(middle, self.num_envs)][: self.num_envs]
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = super().reset()
-        return {name: value.copy() for name, value in obs.items()}, info
-
-    def step_async(self, actions, half):
-        pass
-
-    def step_wait(self, half):
-        if half == self.halves[0]:
-            self._results = self.step(None)
-        obs, *results, _ = self._results
-        info = {name: self._info[name][half] for name in ("won", "crashed")}
-        info["metrics"] = {name: values[half] for name, values in self._info["metrics"].items()}
-        return {name: value[half] for name, value in obs.items()}, *(part[half] for part in results), info
+TYPICAL = {  # the shapes of each benchmark's typical task
+    "smac": {"n": 8, "obs_dim": 205, "state_dim": 192, "n_actions": 13},  # SMAX 3s5z
+    "mpe": {"n": 3, "n_actions": 5},  # with sizes that go with the number of agents
+    "mamujoco": {"n": 4, "obs_dim": 105, "n_actions": 2},  # Ant 4x2
+    "grf": {"n": 4, "obs_dim": 128, "state_dim": 126, "n_actions": 19},  # 5_vs_5
+}
 
 
-def masked_spaces(n: int, obs_dim: int, state_dim: int, n_actions: int):
-    """Of the games with dead agents and unavailable actions."""
+def complete_shape(benchmark: str, shape: dict) -> dict:
+    """With the typical task's numbers where none were asked for."""
+    shape = TYPICAL[benchmark] | shape
+    if benchmark == "mpe":
+        n = shape["n"]
+        shape = {"obs_dim": 4 + 2 * n + 4 * (n - 1)} | shape
+        shape = {"state_dim": n * shape["obs_dim"]} | shape
+    return shape
+
+
+def spaces(n: int, obs_dim: int, n_actions: int, state_dim: int | None = None) -> tuple:
+    """Of observations and actions; without a state it is MuJoCo, where all see the same and actions are continuous."""
+    numbers = functools.partial(gym.spaces.Box, -np.inf, np.inf)
+    if state_dim is None:
+        return gym.spaces.Dict(obs=numbers((obs_dim,), np.float64)), gym.spaces.Box(-1, 1, (n, n_actions), np.float32)
     observations = gym.spaces.Dict(
-        obs=gym.spaces.Box(-np.inf, np.inf, (n, obs_dim), np.float32),
-        state=gym.spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+        obs=numbers((n, obs_dim), np.float32),
+        state=numbers((state_dim,), np.float32),
         action_mask=gym.spaces.MultiBinary((n, n_actions)),
         alive=gym.spaces.MultiBinary(n),
     )
     return observations, gym.spaces.MultiDiscrete([n_actions] * n)
 
 
-# For each benchmark a function of the imported script, the shape's numbers that were asked for, and the number of
-# environments. It gives the environments, having put the script's own settings right for that number of agents. The
-# numbers that were not asked for are those of a typical task.
-def smac(script, shape, num_envs):  # SMAX 3s5z
-    shape = {"n": 8, "obs_dim": 205, "state_dim": 192, "n_actions": 13} | shape
-    return Synthetic(*masked_spaces(**shape), num_envs, info={"won": np.zeros(num_envs, bool)})
-
-
-def grf(script, shape, num_envs):  # 5_vs_5
-    sizes = script.Football("5_vs_5", dict.fromkeys(script.Reward.TERMS, 1.0)).observation_space
-    shape = {"n": 4, "obs_dim": sizes["obs"].shape[1], "state_dim": sizes["state"].shape[0], "n_actions": 19} | shape
-    info = {name: np.zeros(num_envs, bool) for name in ("won", "crashed")}
-    info["metrics"] = {name: np.zeros(num_envs) for name in script.METRICS}
-    return SyntheticHalves(*masked_spaces(**shape), num_envs, info=info)
-
-
-def mpe(script, shape, num_envs):  # 3 agents
-    n = shape.get("n", 3)
-    shape = {"n": n, "obs_dim": 4 + 2 * n + 4 * (n - 1), "n_actions": 5} | shape
-    shape = {"state_dim": n * shape["obs_dim"]} | shape
-    observations, actions = masked_spaces(**shape)
-    observations = gym.spaces.Dict({name: observations[name] for name in ("obs", "state")})
-    return Synthetic(observations, actions, num_envs, rewards=(n,))
-
-
-def mamujoco(script, shape, num_envs):  # Ant 4x2
-    shape = {"n": 4, "obs_dim": 105, "n_actions": 2} | shape
-    observations = gym.spaces.Box(-np.inf, np.inf, (shape["obs_dim"],), np.float64)
-    actions = gym.spaces.Box(-1, 1, (shape["n"], shape["n_actions"]), np.float32)
-    envs = Synthetic(observations, actions, num_envs)
-    envs.has_joint = np.ones((shape["n"], shape["n_actions"]), bool)
-    return envs
-
-
-BENCHMARKS = {"smac": smac, "mpe": mpe, "mamujoco": mamujoco, "grf": grf}
-DEFAULT_AGENTS = {"smac": 8, "mpe": 3, "mamujoco": 4, "grf": 4}
-
-
 def synthetic_script(name: str, shape: dict):
-    """The imported script with `make_envs` replaced, and the settings that go with the shape."""
+    """The imported script with `make_envs` replaced, settings that go with the shape, and the number of agents."""
     script, benchmark = importlib.import_module(name), name.rsplit("_", 1)[-1]
-    n, settings = shape.get("n", DEFAULT_AGENTS[benchmark]), {}
+    shape, settings = complete_shape(benchmark, shape), {}
+    n = shape["n"]
     if benchmark == "smac":
-        script.choose_simulator = lambda simulator, map_name: ("smax", "synthetic data")
+        script.choose_simulator = lambda simulator, map_name: "smax"
     elif benchmark == "mpe":
         settings = {"n_agents": n}
     elif benchmark == "mamujoco":
-        script.PARTITIONS["Ant"] = (f"{n}x{shape.get('n_actions', 2)}",)
+        script.PARTITIONS["Ant"] = (f"{n}x{shape['n_actions']}",)
         settings = {"scenario": "Ant"}
     elif benchmark == "grf":
-        script.SCENARIOS["5_vs_5"]["agents"] = n
+        script.SCENARIOS["5_vs_5"] = script.SCENARIOS["5_vs_5"]._replace(agents=n)
         script.find_football = lambda: True
         settings = {"scenario": "5_vs_5"}
-    arguments_of = inspect.signature(script.make_envs)
+    numbers = set(script.RAW.values()) - {"return", "length"}
 
-    def make_envs(*arguments, **options):
-        given = arguments_of.bind(*arguments, **options).arguments
-        num_envs = given["num_envs"] if "num_envs" in given else given["args"].num_envs
-        return BENCHMARKS[benchmark](script, shape, num_envs)
+    def episodes(num_envs):
+        rewards = (n,) if benchmark == "mpe" else ()
+        return script.Episodes(Synthetic(*spaces(**shape), num_envs, rewards, numbers))
+
+    def make_envs(args):
+        if benchmark != "grf":
+            return episodes(args.num_envs)
+        sizes = args.num_envs - args.num_envs // 2, args.num_envs // 2
+        return script.Halves([episodes(size) for size in sizes if size > 0])
 
     script.make_envs = make_envs
     return script, settings, n
@@ -234,20 +197,11 @@ def synthetic_script(name: str, shape: dict):
 def measure(job: dict) -> dict:
     """Run a script in this process and in this folder until it has done what `job` asks for: seconds by iteration."""
     sys.path.insert(0, str(ROOT))
-    version = importlib.metadata.version
-
-    def version_or_none(name):
-        try:
-            return version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
     if job["real"]:
         script, settings, n = importlib.import_module(job["script"]), {}, None
     else:
         script, settings, n = synthetic_script(job["script"], job["shape"])
-        importlib.metadata.version = version_or_none  # scripts write down the versions of their simulators
-    fields = {field.name: field for field in script.Args.__dataclass_fields__.values()}
+    fields = script.Args.__dataclass_fields__
     never = 10**15
     settings |= {"total_timesteps": never, "eval_every": never, "save_every": never}
     settings |= {name: job[name] for name in ("num_envs", "num_steps") if job[name] is not None}
@@ -259,11 +213,9 @@ def measure(job: dict) -> dict:
             arguments.append(f"--{'' if str(value).lower() == 'true' else 'no-'}{name.replace('_', '-')}")
         else:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    args = script.parse_args(arguments)
-    # Table 7's blocks are for more agents than a sweep may have.
-    if not job["real"] and n and "agent_blocks" in fields and args.agent_blocks is None:
-        default = getattr(script, "TABLE_7", {}).get(getattr(args, "map", ""), {}).get("agent_blocks", n)
-        args.agent_blocks = min(default, n)
+    args = script.complete_args(script.parse_args(arguments))
+    if n and "agent_blocks" in fields:  # a table's are for more agents than a sweep may have
+        args.agent_blocks = min(args.agent_blocks, n)
 
     seconds, begin = {name: [] for name in TAGS}, time.perf_counter()
 
@@ -285,7 +237,7 @@ def measure(job: dict) -> dict:
             return lambda *arguments, **options: None
 
     script.SummaryWriter = Recorder
-    script.write_checkpoint = lambda *_: None
+    script.Run.save = lambda run: None
     try:
         script.main(args)
     except (SystemExit, KeyboardInterrupt) as end:
@@ -399,7 +351,7 @@ def check_args(args: Args) -> dict[str, str]:
     """End the program at the first wrong value; returns --options as a dictionary."""
     if not args.scripts:
         fail("--scripts: needs at least one")
-    known = sorted(path.stem for name in BENCHMARKS for path in ROOT.glob(f"*_{name}.py"))
+    known = sorted(path.stem for name in TYPICAL for path in ROOT.glob(f"*_{name}.py"))
     for script in args.scripts:
         if script not in known:
             fail(f"--scripts {script}: must be one of {', '.join(known)}")
@@ -420,7 +372,7 @@ def check_args(args: Args) -> dict[str, str]:
     if args.real and args.sweep == "agents":
         fail("--sweep agents: is for synthetic data")
     if any(script.endswith("_mpe") for script in args.scripts) and 1 in (args.n_agents, *args.agents):
-        fail("--n-agents 1: a2po_mpe needs at least 2")
+        fail("--n-agents 1: MPE needs at least 2")
     options = {}
     for option in args.options:
         name, equals, value = option.partition("=")

@@ -2,8 +2,8 @@
 
     python benchmark/speed_grf.py --out benchmark/results/speed/football-workers.json
 
-One process of gfootball's own FootballEnv on each core against FootballGames with random actions, without a policy, in
-turns of a few seconds, and the median of the turns' ratios. "CPU" is steps per second of CPU time, of all processes
+One process of gfootball's own FootballEnv on each core against the script's games with random actions and no policy,
+in turns of a few seconds, and the median of the turns' ratios. "CPU" is steps per second of CPU time, of all processes
 together, which other work on the machine disturbs less than the clock.
 """
 
@@ -29,9 +29,9 @@ class Args:
     scenario: str = "5_vs_5"
     """as of a2po_grf.py"""
     num_envs: tuple[int, ...] = (2, 4, 8, 16)
-    """games in FootballGames, one measurement each"""
+    """games of the script, one measurement each"""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    """bare engines, and workers of FootballGames"""
+    """bare engines, and workers of each half of the script's games"""
     turns: int = 10
     """turns of each"""
     seconds: float = 1.5
@@ -44,7 +44,7 @@ def bare_engine(connection, scenario: str, seed: int):
     """A worker process: plays for as many seconds as it is told and answers (steps, seconds, CPU seconds)."""
     from gfootball.env import config, football_env
 
-    agents, rng = a2po_grf.SCENARIOS[scenario]["agents"], np.random.default_rng(seed)
+    agents, rng = a2po_grf.SCENARIOS[scenario].agents, np.random.default_rng(seed)
     options = {"level": scenario, "players": [f"agent:left_players={agents}"], "game_engine_random_seed": seed}
     env = football_env.FootballEnv(config.Config(options))
     env.reset()
@@ -78,35 +78,34 @@ class BareEngines:
 
 class Games:
     def __init__(self, scenario: str, num_envs: int, processes: int):
-        weights = dict.fromkeys(a2po_grf.Reward.TERMS, 1.0)
-        self.envs = a2po_grf.FootballGames(scenario, num_envs, 0, weights, processes)
+        self.envs = a2po_grf.make_envs(a2po_grf.Args(scenario=scenario, num_envs=num_envs, num_workers=processes))
+        self.halves = [half.env for half in self.envs.halves]
         self.rng = np.random.default_rng(0)
-        self.envs.reset(seed=0)
+        self.envs.reset()
 
     def cpu(self) -> float:
         """CPU seconds of the workers and of this process."""
         ticks = 0
-        for process in self.envs.processes:
+        for process in [process for games in self.halves for process in games.processes]:
             fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
             ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
 
-    def ask(self, half: slice):
-        actions = self.rng.integers(0, a2po_grf.N_ACTIONS, self.envs.action_space.shape)
-        self.envs.step_async(actions[half], half)
+    def ask(self, games):
+        games.step_async(self.rng.integers(0, a2po_grf.N_ACTIONS, games.action_space.shape))
 
     def play(self, seconds: float) -> dict[str, float]:
         """As in a rollout: the two halves of the games in turn."""
         begin, cpu, steps = time.perf_counter(), self.cpu(), 0
-        for half in self.envs.halves:
-            self.ask(half)
+        for games in self.halves:
+            self.ask(games)
         while time.perf_counter() - begin < seconds:
-            for half in self.envs.halves:
-                self.envs.step_wait(half)
-                self.ask(half)
+            for games in self.halves:
+                games.step_wait()
+                self.ask(games)
             steps += self.envs.num_envs
-        for half in self.envs.halves:
-            self.envs.step_wait(half)
+        for games in self.halves:
+            games.step_wait()
         steps += self.envs.num_envs
         return {"clock": steps / (time.perf_counter() - begin), "cpu": steps / (self.cpu() - cpu)}
 
@@ -149,7 +148,7 @@ def main(args: Args):
             unit: statistics.median(one[unit] / bare[unit] for one, bare in zip(results, turns["bare"], strict=True))
             for unit in ("clock", "cpu")
         }
-        label = "bare engines" if name == "bare" else f"FootballGames, {name} games"
+        label = "bare engines" if name == "bare" else f"the script, {name} games"
         rate = statistics.median(one["clock"] for one in results)
         print(f"| {label} | {rate:.0f} | {ratios['clock']:.2f} | {ratios['cpu']:.2f} |")
     if args.out:

@@ -2,6 +2,7 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/watch.py --checkpoint runs/<run>/checkpoint.pt --out watch.gif
+    python benchmark/watch.py --checkpoint benchmark/policies/<policy>.pt --out watch.gif
 
 SMAX: the team in blue, the enemy in red, lines for shots; a disc has the unit's size and is filled as high as it has
 health. MPE: agents in blue, landmarks black or, covered, green (a checkpoint from JaxMARL's double plays mpe2 here).
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass
 class Args:
     checkpoint: Path
-    """checkpoint.pt of a run"""
+    """checkpoint.pt of a run, or a policy of benchmark/policies"""
     out: Path
     """GIF to write"""
     episodes: int = 1
@@ -60,22 +61,19 @@ def fail(option: str, value, message: str):
 # draws the picture, called at once or not at all.
 def recurrent_policy(script, checkpoint: dict):
     """The greedy policy of a recurrent actor as a function of obs (n, obs_dim), masks (n, n_actions), and start."""
-    weights = checkpoint["actor"]
-    inputs, actions = len(weights["base.0.weight"]), len(weights["head.1.bias"])
-    actor = script.RecurrentNetwork(inputs, actions, checkpoint["args"]["hidden_size"], gain=0.01)
+    settings, weights = checkpoint["args"], checkpoint["learned"]["actor"]
+    inputs, n_actions = len(weights["base.0.weight"]), len(weights["head.1.bias"])
+    actor = script.RecurrentNetwork(inputs, n_actions, settings["hidden_size"], 0.01, settings["recurrent"])
     actor.load_state_dict(weights)
     hidden = None
 
-    @torch.no_grad()
-    def act(obs, masks=None, start=False):
+    def act(obs, masks, start):
         nonlocal hidden
-        obs = torch.as_tensor(obs)
-        hidden = torch.zeros(len(obs), actor.gru.hidden_size) if start else hidden
-        logits, states = actor(obs[None], hidden, torch.zeros(1, len(obs)))
-        hidden, logits = states[0], logits[0]
-        if masks is not None:
-            logits = logits.masked_fill(~torch.as_tensor(masks).bool(), -torch.inf)
-        return logits.argmax(-1).numpy()
+        hidden = torch.zeros(1, len(obs), settings["hidden_size"]) if hidden is None else hidden
+        obs = torch.as_tensor(obs, dtype=torch.float32)
+        seen = {"obs": obs[None], "action_mask": torch.as_tensor(masks)[None]}
+        actions, _, hidden = script.act(actor, seen | {"start": torch.tensor([float(start)])}, hidden, greedy=True)
+        return actions[0].numpy()
 
     return act
 
@@ -133,7 +131,7 @@ def watch_smac(script, checkpoint: dict, args: Args):
                 obs, reward, terminated, truncated, info = envs.step(actions[None])
                 steps, total, done = steps + 1, total + float(reward[0]), bool(terminated[0] or truncated[0])
                 seen.append(look())
-            end = "won" if info["won"][0] else "not won"
+            end = "won" if info["episode"]["won"][0] else "not won"
             tell(f"episode {episode}: {end} after {steps} steps, return {total:.3f}")
             obs, *_ = envs.step(actions[None])  # next-step autoreset: the first observation of the next one
         # The part of the map where something happens, no higher than wide.
@@ -150,16 +148,14 @@ def watch_smac(script, checkpoint: dict, args: Args):
 def watch_mpe(script, checkpoint: dict, args: Args):
     """mpe2's game, drawn here: its own picture zooms to and fro and cuts off what lies at its edge."""
     needs("mpe2", "../requirements.txt", args)
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    from mpe2.simple_spread_v3 import raw_env
     from PIL import Image, ImageDraw
 
     settings = checkpoint["args"]
-    game = raw_env(N=settings["n_agents"], local_ratio=settings["local_ratio"], max_cycles=script.EPISODE_STEPS)
-    act = recurrent_policy(script, checkpoint)
+    game = script.Navigation(settings["n_agents"], settings["local_ratio"], args.seed)
+    act, world = recurrent_policy(script, checkpoint), game.game.world
 
     def draw():
-        agents, landmarks = ([x.state.p_pos for x in group] for group in (game.world.agents, game.world.landmarks))
+        agents, landmarks = ([x.state.p_pos for x in group] for group in (world.agents, world.landmarks))
         image = Image.new("RGB", (2 * args.width, 2 * args.width), "white")
         canvas, scale = ImageDraw.Draw(image), args.width / 1.5  # everything starts within -1 and 1
 
@@ -167,23 +163,22 @@ def watch_mpe(script, checkpoint: dict, args: Args):
             (x, y), r = args.width + scale * place * [1, -1], scale * radius
             canvas.ellipse((x - r, y - r, x + r, y + r), **colors)
 
-        for body, place in zip(game.world.agents, agents, strict=True):
+        for body, place in zip(world.agents, agents, strict=True):
             disc(place, body.size, fill="lightsteelblue", outline="royalblue", width=3)
         for place in landmarks:
-            covered = min(np.linalg.norm(place - other) for other in agents) < game.world.agents[0].size
+            covered = min(np.linalg.norm(place - other) for other in agents) < world.agents[0].size
             disc(place, 0.05, fill="seagreen" if covered else "black")
         return np.asarray(image.resize((args.width, args.width), Image.Resampling.LANCZOS))
 
     def play():
         for episode in range(args.episodes):
-            game.reset(seed=args.seed + episode)
-            agents, total = game.possible_agents, 0.0
+            game.reset()
+            steps, total, done = 0, 0.0, False
             yield draw
-            for step in range(script.EPISODE_STEPS):
-                obs = np.array([game.observe(agent) for agent in agents], np.float32)
-                for action in act(obs, start=step == 0).tolist():
-                    game.step(action)
-                total += np.mean([game.rewards[agent] for agent in agents])
+            while not done:
+                seen = game.observe()
+                rewards, terminated, truncated, _ = game.step(act(seen["obs"], seen["action_mask"], start=steps == 0))
+                steps, total, done = steps + 1, total + np.mean(rewards), terminated or truncated
                 yield draw
             tell(f"episode {episode + 1}: return {total:.3f} (per agent)")
 
@@ -216,13 +211,14 @@ def watch_mamujoco(script, checkpoint: dict, args: Args):
         fail("MUJOCO_GL", name, f"cannot draw: {reason[0]} (try egl: apt-get install -y libegl1 libgl1-mesa-dri)")
 
     joints = script.agent_joints(scenario, settings["partition"])
-    normalizer = script.ObservationNormalizer(len(checkpoint["obs_normalizer"]["mean"]))
-    normalizer.load_state_dict(checkpoint["obs_normalizer"])
+    learned = checkpoint["learned"]
+    normalizer = script.ObservationNormalizer(len(learned["obs_normalizer"]["mean"]))
+    normalizer.load_state_dict(learned["obs_normalizer"])
     inputs, d = len(normalizer.mean), max(map(len, joints))
     if env.observation_space.shape != (inputs,):
         fail("--checkpoint", args.checkpoint, f"observes {inputs} numbers, {env.spec.id} has {env.observation_space}")
     actors = torch.nn.ModuleList([script.GaussianActor(inputs, d, settings["hidden_size"]) for _ in joints])
-    actors.load_state_dict(checkpoint["actor"])
+    actors.load_state_dict(learned["actor"])
     policies = script.joint_policies(actors)
     low, high = env.action_space.low, env.action_space.high
 
@@ -232,10 +228,9 @@ def watch_mamujoco(script, checkpoint: dict, args: Args):
             steps, total, done = 0, 0.0, False
             yield env.render
             while not done:
-                with torch.no_grad():
-                    mean, _ = policies(normalizer(torch.as_tensor(obs)[None]))
+                actions, _ = script.act(policies, normalizer(torch.as_tensor(obs)[None]), greedy=True)
                 action = np.empty_like(low)
-                for mine, output in zip(joints, mean[:, 0].clamp(-1, 1).numpy(), strict=True):
+                for mine, output in zip(joints, actions[0].clamp(-1, 1).numpy(), strict=True):
                     action[mine] = output[: len(mine)]
                 obs, reward, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
                 steps, total, done = steps + 1, total + float(reward), terminated or truncated
@@ -306,7 +301,7 @@ def read(args: Args):
         fail("--checkpoint", args.checkpoint, "no such file")
     except Exception:
         fail("--checkpoint", args.checkpoint, "is not a checkpoint of these scripts")
-    if not isinstance(checkpoint, dict) or not {"args", "script", "actor"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {"args", "script", "learned"} <= set(checkpoint):
         fail("--checkpoint", args.checkpoint, "is not a checkpoint of these scripts")
     name = str(checkpoint["script"])
     if not name.isidentifier() or not (ROOT / f"{name}.py").is_file():

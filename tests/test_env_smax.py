@@ -1,6 +1,5 @@
-"""JaxMARL's SMAX behind the scripts' vector environment, greedy evaluation, and whole runs on the real simulator."""
+"""JaxMARL's SMAX behind the scripts' vector environment, and whole runs on the real simulator."""
 
-import importlib
 import json
 import os
 import signal
@@ -8,17 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, differences, load
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*_smac.py"))
 STOP, N = 4, 4
-script = importlib.import_module("a2po_smac")
+script = load("a2po_smac")
 WIN, LOSS, DRAW, NORMAL = range(N)
 
 
@@ -69,13 +66,13 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------- adapter
 def test_spaces(games):
     """Observations lie in the declared spaces, with the declared types."""
-    obs, info = games.reset(seed=0)
-    assert obs in games.observation_space and not info["won"].any()
+    obs, _ = games.reset(seed=0)
+    assert obs in games.observation_space
     obs, reward, terminated, truncated, info = stop(games)
     assert obs in games.observation_space
     assert obs["obs"].shape == (N, 3, 13 * 5 + 10) and obs["action_mask"].shape == (N, 3, 8)
-    assert reward.shape == terminated.shape == truncated.shape == info["won"].shape == (N,)
-    assert terminated.dtype == truncated.dtype == info["won"].dtype == bool and reward.dtype == np.float32
+    assert reward.shape == terminated.shape == truncated.shape == info["episode"]["won"].shape == (N,)
+    assert terminated.dtype == truncated.dtype == bool and reward.dtype == np.float32
     assert games.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     assert games.single_action_space.nvec.tolist() == [8] * 3
 
@@ -96,7 +93,7 @@ def test_ends_and_autoreset(games):
     force_ends(games)
     obs, reward, terminated, truncated, info = stop(games)
     assert terminated.tolist() == [True, True, True, False] and not truncated.any()
-    assert info["won"].tolist() == [True, False, False, False]
+    assert info["episode"]["won"].tolist() == [True, False, False, False]
     assert reward[WIN] >= 1.0 and reward[LOSS] < 1.0 and reward[DRAW] < 1.0
     assert obs["alive"][LOSS].sum() == obs["alive"][DRAW].sum() == 0 < obs["alive"][WIN].sum()
     saved, results = games.get_state(), []
@@ -106,7 +103,7 @@ def test_ends_and_autoreset(games):
         actions[NORMAL] = STOP
         obs, reward, terminated, truncated, info = games.step(actions)
         results.append(obs)
-        assert not (terminated | truncated | info["won"]).any() and (reward[:NORMAL] == 0).all()
+        assert not (terminated | truncated | info["episode"]["won"]).any() and (reward[:NORMAL] == 0).all()
         assert np.array(units(games).step).tolist() == [0, 0, 0, 3]
         assert (np.array(units(games).unit_health)[:NORMAL] == 45).all() and obs["alive"][:NORMAL].all()
     assert same(*results)
@@ -125,7 +122,7 @@ def test_time_limit(games):
     change(games, unit_health=games._to_jax(health), unit_alive=games._to_jax(health > 0))
     *_, terminated, truncated, info = stop(games)
     assert terminated.tolist() == [True, False, False, False] and truncated.tolist() == [False, True, True, True]
-    assert info["won"].tolist() == [True, False, False, False]
+    assert info["episode"]["won"].tolist() == [True, False, False, False]
     *_, terminated, truncated, _ = stop(games)
     assert not (terminated | truncated).any() and (np.array(units(games).step) == 0).all()
 
@@ -179,7 +176,7 @@ def test_states_replay_exactly(games):
         obs = {"action_mask": mask}
         for _ in range(steps):
             obs, *rest, info = games.step(random_actions(obs, rng))
-            results.append([*obs.values(), *rest, info["won"]])
+            results.append([*obs.values(), *rest, info["episode"]["won"]])
         return results
 
     games.reset(seed=5)
@@ -232,82 +229,15 @@ def test_maps_of_ours(map_name, ally, enemy):
     assert np.array(units(made).unit_health)[0].tolist() == [ally[1]] * ally[0] + [enemy[1]] * enemy[0]
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
-class Clockwork(gym.vector.VectorEnv):
-    """Environment e plays episodes of e + 1 steps; rewards number the episodes; some crash at their end."""
-
-    def __init__(self, num_envs, crashes=()):
-        self.num_envs, self.crashes = num_envs, crashes
-        self.single_action_space = gym.spaces.MultiDiscrete([3, 3])
-        self.actions = []
-
-    def _observe(self):
-        obs = np.stack([self.time, self.episode], -1)[:, None].repeat(2, 1).astype(np.float32)
-        mask = np.ones((self.num_envs, 2, 3), np.int8)
-        mask[:, 1, 2] = 0
-        return {"obs": obs, "action_mask": mask}
-
-    def reset(self, *, seed=None, options=None):
-        self.time, self.episode, self.final = np.zeros((3, self.num_envs), int)
-        return self._observe(), {}
-
-    def step(self, actions):
-        self.actions.append(actions)
-        reward = np.zeros(self.num_envs)
-        for e in range(self.num_envs):
-            if self.final[e]:
-                self.final[e], self.time[e], self.episode[e] = 0, 0, self.episode[e] + 1
-            else:
-                self.time[e] += 1
-                reward[e] = 1 + self.episode[e] + 0.1 * e
-                self.final[e] = self.time[e] == e + 1
-        final = self.final.astype(bool)
-        crashed = np.array([final[e] and (e, self.episode[e]) in self.crashes for e in range(self.num_envs)])
-        return self._observe(), reward, final & ~crashed, crashed, {"won": self.episode % 2 == 1, "crashed": crashed}
-
-
-class Counter:
-    """An actor whose recurrent state counts the steps of the episode, and which likes action 2 best, then 1."""
-
-    gru = SimpleNamespace(hidden_size=1)
-
-    def __init__(self):
-        self.wrong = 0
-
-    def __call__(self, inputs, hidden, start):
-        hidden = hidden * (1 - start[0].unsqueeze(-1))
-        self.wrong += int((hidden[:, 0] != inputs[0, :, 0]).sum())  # inputs[..., 0] is the time in the episode
-        return torch.tensor([0.0, 1.0, 2.0]).expand(1, len(hidden), 3), (hidden + 1)[None]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_evaluation(name):
-    """Fixed shares of episodes, whole returns, the best available action, recurrent state from zero each time."""
-    actor, envs = Counter(), Clockwork(3)
-    won, returns = importlib.import_module(name).evaluate(actor, envs, 7, torch.device("cpu"))
-    # Shares of 3, 2 and 2; episode k of environment e is won for odd k and returns (e + 1) (1 + k + e / 10).
-    expected = [(k % 2, (e + 1) * (1 + k + 0.1 * e)) for e, share in enumerate((3, 2, 2)) for k in range(share)]
-    assert sorted(zip(won, np.round(returns, 3), strict=True)) == sorted((k, round(r, 3)) for k, r in expected)
-    assert actor.wrong == 0
-    assert all(a[:, 0].tolist() == [2] * 3 and a[:, 1].tolist() == [1] * 3 for a in envs.actions)
-
-
-def test_fewer_episodes_than_environments():
-    """Only the first environments count then."""
-    won, returns = script.evaluate(Counter(), Clockwork(3), 2, torch.device("cpu"))
-    assert won == [0, 0] and returns == pytest.approx([1.0, 2.2])
-
-
-def test_crashed_episodes_are_played_again():
-    """They count neither as losses nor at all."""
-    won, returns = script.evaluate(Counter(), Clockwork(2, crashes={(0, 0), (1, 1)}), 4, torch.device("cpu"))
-    assert sorted(returns) == pytest.approx(sorted([2.0, 3.0, 2.2, 6.2])) and len(won) == 4 and sum(won) == 1
-
-
 # ----------------------------------------------------------------------------------------------------- whole runs
 def test_resumed_smax_run_is_the_uninterrupted_one(games, tmp_path, monkeypatch):
     """Real SMAX, stopped by SIGTERM in the middle: the same weights and evaluations as in one go."""
-    monkeypatch.setattr(script, "make_envs", lambda *_: games)
+
+    def make_envs(args):
+        games.reset(seed=77 if args.resume else args.seed)
+        return script.Episodes(games)
+
+    monkeypatch.setattr(script, "make_envs", make_envs)
     options = {"map": "3m", "simulator": "smax", "num_envs": N, "num_steps": 20, "hidden_size": 16, "cuda": False}
     options |= {"total_timesteps": 300, "eval_every": 150, "eval_episodes": 4, "update_epochs": 3, "torch_threads": 1}
     checkpoints, records = [], []
@@ -332,15 +262,12 @@ def test_resumed_smax_run_is_the_uninterrupted_one(games, tmp_path, monkeypatch)
                 script.main(script.Args(**options))
         (run_dir,) = Path("runs").iterdir()
         if stopped:
-            games.reset(seed=77)
             script.main(script.parse_args(["--resume", str(run_dir)]))
         checkpoints.append(torch.load(run_dir / "checkpoint.pt", weights_only=True))
         lines = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
         records.append([(line["step"], line["won"], line["returns"]) for line in lines])
     assert records[0] == records[1] and len(records[0]) == 2
-    for part in ("actor", "critic", "normalizer"):
-        for name, value in checkpoints[0][part].items():
-            assert torch.equal(value, checkpoints[1][part][name]), name
+    assert differences(*checkpoints) == []
 
 
 def test_command_line_run(cache, tmp_path):

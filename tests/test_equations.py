@@ -1,17 +1,21 @@
-"""The algorithm's small functions against the paper: Eq. (2), Eq. (6), the adaptive clip and the agent orders.
+"""The scripts' small functions against the paper: Eq. (2), Eq. (6), the adaptive clip, the agent orders, masks, chunks.
 
 Expected numbers were worked out by hand or come from the formulas as the paper prints them (float64 loops over
 sums of products), never from another recursion. Each test runs on every script that has the function.
 """
 
 import importlib
+import inspect
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import SCRIPTS
 
-A2PO_SCRIPTS = ["a2po_smac", "a2po_mamujoco", "a2po_mpe", "a2po_grf"]
-BASELINES = ["mappo_smac", "coppo_smac", "happo_smac"]
+A2PO_SCRIPTS = [name for name in SCRIPTS if name.startswith("a2po")]
+BASELINES = [name for name in SCRIPTS if not name.startswith("a2po")]
 RULES = ["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"]
 DRAWN_RULES = ["semi-greedy", "random", "reverse-semi-greedy"]
 
@@ -28,7 +32,14 @@ def function_of(name, scripts):
 
 
 def scripts_named(prefix):
-    return [s for s in A2PO_SCRIPTS + BASELINES if s.startswith(prefix)]
+    return [s for s in SCRIPTS if s.startswith(prefix)]
+
+
+def scripts_with(name):
+    """Run the test once per script that has it, with the script as the fixture."""
+    return pytest.mark.parametrize(
+        "module", [pytest.param(script(s), id=s) for s in SCRIPTS if hasattr(script(s), name)]
+    )
 
 
 def gae_of(name):
@@ -43,7 +54,7 @@ def gae_of(name):
     return gae
 
 
-every_gae = pytest.mark.parametrize("gae", [pytest.param(gae_of(s), id=s) for s in A2PO_SCRIPTS + BASELINES])
+every_gae = pytest.mark.parametrize("gae", [pytest.param(gae_of(s), id=s) for s in SCRIPTS])
 preopc = function_of("preopc_advantages", A2PO_SCRIPTS)
 order = function_of("agent_order", A2PO_SCRIPTS)
 
@@ -396,7 +407,7 @@ def test_first_agent_is_ppo(name, case):
     assert result == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", A2PO_SCRIPTS + BASELINES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_clip_coef_sets_the_outer_range(name):
     """Every surrogate with eps = 0.05 and no other agents: 1.1 is cut to 1.05, 1.04 is not."""
     rest = ([2.0, 2.0],) if name.startswith("mappo") else ([1.0, 1.0], [2.0, 2.0])
@@ -519,3 +530,227 @@ def test_order_leaves_the_scores_alone(agent_order, rule):
     scores = torch.tensor(SCORES)
     agent_order(scores, rule, seeded())
     assert scores.tolist() == torch.tensor(SCORES).tolist()
+
+
+# ---------------------------------------------------------------- masks: what is no sample
+
+
+@scripts_with("masked_mean")
+def test_masked_gradient(module):
+    """Through the loss's own functions: garbage in masked samples changes no gradient, in the others it does."""
+
+    def gradient(where):
+        torch.manual_seed(0)
+        mask = (torch.rand(6, 5) < 0.6).float()
+        new, old, advantages, targets, old_values = torch.randn(5, 6, 5)
+        if where is not None:
+            spot = tuple((mask == where).nonzero()[0])
+            for x in (old, advantages, targets, old_values):
+                x[spot] += 3.0
+        new, values = new.requires_grad_(), torch.randn(6, 5).requires_grad_()
+        log_ratio = (new - old) * mask
+        advantages = module.normalize_advantages(advantages, mask)
+        extra = [] if module.__name__.startswith("mappo") else [torch.ones(6, 5)]
+        surrogate = module.clipped_surrogate(log_ratio.exp(), *extra, advantages, 0.2)
+        losses = module.value_loss(values, old_values, targets, 0.2, 10.0)
+        (module.masked_mean(losses, mask) - module.masked_mean(surrogate, mask)).backward()
+        return torch.cat([new.grad, values.grad]), torch.cat([mask, mask])
+
+    clean, mask = gradient(None)
+    assert torch.equal(gradient(0)[0], clean) and (clean[mask == 0] == 0).all()
+    assert not torch.equal(gradient(1)[0], clean)
+
+
+@scripts_with("normalize_advantages")
+def test_normalised_advantages(module):
+    """Mean 0 and deviation 1 over the samples alone."""
+    x, mask = torch.tensor([1.0, 3.0, 5.0, 100.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    expected = torch.tensor([-1.0, 0.0, 1.0]) * math.sqrt(3 / 2)
+    torch.testing.assert_close(module.normalize_advantages(x, mask)[:3], expected, atol=1e-4, rtol=0)
+    assert module.masked_mean(x, mask) == 3.0 and module.masked_mean(x, 0 * mask) == 0.0
+    two, sample = torch.stack([x, 2 * x]), torch.stack([mask, 1 - mask])
+    assert module.masked_mean(two, sample, dim=1).tolist() == [3.0, 200.0]
+
+
+@scripts_with("values_for_the_dead")
+def test_team_values(module):
+    """The dead get the living's mean value, and zero where nobody lives."""
+    values, alive = torch.tensor([[1.0, 3.0, 50.0], [7.0, 8.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert module.values_for_the_dead(values, alive).tolist() == [[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]]
+
+
+@scripts_with("masked_policy")
+def test_masked_policy(module):
+    """Unavailable actions have probability 0 and are never drawn; the entropy is that of the others."""
+    logits, mask = torch.tensor([50.0, 1.0, 1.0, -3.0]).expand(500, 4), torch.tensor([False, True, True, False])
+    policy = module.masked_policy(logits, mask.expand(500, 4))
+    assert set(policy.sample().tolist()) == {1, 2}
+    torch.testing.assert_close(policy.entropy()[0], torch.tensor(math.log(2.0)))
+
+
+# ---------------------------------------------------------------- values: the loss, the normaliser, what is logged
+
+
+@scripts_with("value_loss")
+@pytest.mark.parametrize(
+    "value, old, target, expected",
+    [
+        (0.1, 0.0, 0.5, 0.08),  # inside the clip: 0.5 * 0.4^2
+        (0.4, 0.0, 0.5, 0.045),  # clipped to 0.2, where the loss is larger: 0.5 * 0.3^2
+        (0.9, 0.0, 0.5, 0.08),  # clipped to 0.2, where the loss is smaller: 0.5 * 0.4^2
+        (3.0, 3.0, 0.0, 2.5),  # beyond delta = 1: 1 * (3 - 0.5)
+        (-3.0, -3.0, 0.0, 2.5),
+    ],
+)
+def test_value_loss_by_hand(module, value, old, target, expected):
+    """The worse of free and clipped value; square up to delta, a line beyond."""
+    loss = module.value_loss(*(torch.tensor(x) for x in (value, old, target)), 0.2, 1.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@scripts_with("ValueNormalizer")
+def test_value_normalizer(module):
+    """Debiased decaying means; to units of 1 std and back; nothing new from nothing; a floor under the variance."""
+    normalizer, weights, data = module.ValueNormalizer(beta=0.9), [], []
+    assert [x.item() for x in normalizer.statistics()] == pytest.approx([0.0, 0.1])
+    for batch in torch.randn(5, 7, generator=seeded()) * 3 + 2:
+        normalizer.update(batch)
+        weights, data = [0.9 * w for w in weights] + [0.1], [*data, batch.double()]
+        total, whole = sum(weights), list(zip(weights, data, strict=True))
+        mean = sum(w * x.mean() for w, x in whole) / total
+        variance = sum(w * (x**2).mean() for w, x in whole) / total - mean**2
+        assert [x.item() for x in normalizer.statistics()] == pytest.approx([mean.item(), variance.sqrt().item()])
+    before = normalizer.moments.clone()
+    normalizer.update(torch.empty(0))
+    assert torch.equal(normalizer.moments, before)
+    x = torch.randn(4)
+    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(x)), x)
+    mean, std = normalizer.statistics()
+    torch.testing.assert_close(normalizer.normalize(x), (x - mean) / std)
+
+
+@scripts_with("explained_variance")
+def test_explained_variance(module):
+    """1 - Var(target - value) / Var(target), of the samples alone; 0 where there is no variance."""
+    values, targets = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([1.0, 3.0, 5.0, -70.0])
+    sample = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    explained = module.explained_variance(targets - values, targets, sample)
+    assert explained.item() == pytest.approx(1 - 1 / 4)
+    assert module.explained_variance(targets - values, targets, 0 * sample) == 0
+
+
+# ---------------------------------------------------------------- chunks of the rollout for recurrent networks
+
+
+def unfolded(network, inputs, hidden, start, sample, L):
+    """Each chunk of each agent by itself, one after the other."""
+    T, N, k = sample.shape
+    rows = []
+    for t in range(0, T, L):
+        for e in range(N):
+            for i in range(k):
+                outputs, _ = network(
+                    inputs[t : t + L, e, i][:, None], hidden[t, e, i][None], start[t : t + L, e][:, None]
+                )
+                rows.append((t, e, i, outputs[:, 0]))
+    return rows
+
+
+def chunky(module):
+    torch.manual_seed(0)
+    T, N, k, L, H = 12, 2, 3, 4, 8
+    network = module.RecurrentNetwork(5, 4, H, gain=1.0)
+    inputs, hidden, start = torch.randn(T, N, k, 5), torch.randn(T, N, k, H), torch.zeros(T, N)
+    start[0, 0] = start[2, 1] = start[4, 0] = start[7, 1] = start[10, 0] = 1
+    sample = torch.ones(T, N, k)
+    sample[4:8, 1, 2] = sample[0, 0, 0] = sample[5:8, 0, 1] = 0
+    return network, inputs, hidden, start, sample, L
+
+
+@scripts_with("run_chunks")
+def test_chunks_are_run_by_themselves(module):
+    """Outputs are those of each chunk alone, from the state stored before it; a chunk without samples gives zeros."""
+    network, inputs, hidden, start, sample, L = chunky(module)
+    outputs = module.run_chunks(network, inputs, hidden, start, sample, L)
+    assert outputs.shape == (12, 2, 3, 4)
+    for t, e, i, expected in unfolded(network, inputs, hidden, start, sample, L):
+        if sample[t : t + L, e, i].any():
+            torch.testing.assert_close(outputs[t : t + L, e, i], expected)
+        else:
+            assert (t, e, i) == (4, 1, 2) and (outputs[t : t + L, e, i] == 0).all()
+    whole = module.run_chunks(network, inputs[:4], hidden[:4], start[:4], sample[:4], 4)
+    torch.testing.assert_close(whole, outputs[:4])
+
+
+@scripts_with("run_chunks")
+def test_gradients_stop_at_the_borders_of_chunks(module):
+    """An output depends on its own chunk's inputs up to its step, and, through the stored state, on none before."""
+    network, inputs, hidden, start, sample, L = chunky(module)
+    inputs.requires_grad_()
+    outputs = module.run_chunks(network, inputs, hidden, 0 * start, sample, L)
+    outputs[10, 1, 2].sum().backward()
+    reached = (inputs.grad != 0).any(-1).nonzero().tolist()
+    assert reached == [[8, 1, 2], [9, 1, 2], [10, 1, 2]]
+    inputs.grad = None
+    outputs = module.run_chunks(network, inputs, hidden, start, sample, L)
+    outputs[10, 0, 2].sum().backward()
+    assert (inputs.grad != 0).any(-1).nonzero().tolist() == [[10, 0, 2]], "an episode begins there"
+
+
+@scripts_with("run_chunks")
+def test_policy_change_of_a_policy_that_has_not_changed(module):
+    """Chunks replay the rollout, with episodes that start inside them: all ratios are 1, for any agents at hand."""
+    if not hasattr(module, "masked_policy"):
+        pytest.skip("continuous actions")
+    T, N, n, H = 12, 2, 3, 8
+    torch.manual_seed(0)
+    actor = module.RecurrentNetwork(5, 4, H, gain=1.0)
+    start = torch.zeros(T + 1, N)
+    start[0, 0] = start[2, 1] = start[4, 0] = start[7, 1] = start[10, 0] = 1
+    action_mask = torch.ones(T + 1, N, n, 4, dtype=torch.bool)
+    action_mask[::2, ..., 1] = False
+    sample = torch.ones(T, N, n)
+    sample[5:9, 1, 2] = 0
+    rollout = SimpleNamespace(chunk_length=4, obs=torch.randn(T + 1, N, n, 5), start=start, action_mask=action_mask)
+    hidden, steps = torch.randn(N, n, H), []
+    for t in range(T):
+        seen = {"obs": rollout.obs[t], "action_mask": action_mask[t], "start": start[t]}
+        before = hidden
+        actors = [actor] if "actors" in inspect.signature(module.act).parameters else actor
+        actions, log_probs, hidden = module.act(actors, seen, hidden)
+        begun = before * (1 - start[t]).view(N, 1, 1)
+        expected = actor.gru(actor.base(rollout.obs[t]).view(-1, H), begun.view(-1, H)).view(N, n, H)
+        torch.testing.assert_close(hidden, expected)
+        policy = module.masked_policy(actor.head(expected), action_mask[t])
+        torch.testing.assert_close(log_probs, policy.log_prob(actions))
+        steps.append((actions, log_probs, before))
+    rollout.actions, rollout.log_probs, rollout.actor_hidden = map(torch.stack, zip(*steps, strict=True))
+    rollout.sample = sample
+    for agents in ([0, 1, 2], [2, 0], [1]):
+        log_ratio, entropy = module.policy_change(actor, rollout, torch.tensor(agents))
+        assert log_ratio.shape == entropy.shape == (T, N, len(agents))
+        torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), atol=1e-6, rtol=0)
+    rollout.log_probs = rollout.log_probs - 0.5
+    log_ratio, _ = module.policy_change(actor, rollout, torch.tensor([2, 0]))
+    torch.testing.assert_close(log_ratio, 0.5 * sample[..., [2, 0]], atol=1e-6, rtol=0)
+    rollout.log_probs = rollout.log_probs - 99.0
+    log_ratio, _ = module.policy_change(actor, rollout, torch.tensor([1]))
+    assert torch.isfinite(log_ratio.exp()).all() and (log_ratio == 20 * sample[..., [1]]).all()
+    assert log_ratio.requires_grad
+
+
+@scripts_with("RecurrentNetwork")
+def test_without_recurrence_there_is_no_memory(module):
+    """recurrent=False: every step is as if it were an episode's first."""
+    torch.manual_seed(0)
+    inputs, hidden = torch.randn(5, 3, 4), torch.randn(3, 8)
+    try:
+        network = module.RecurrentNetwork(4, 2, 8, 1.0, recurrent=False)
+    except TypeError:
+        pytest.skip("has no such option")
+    outputs, _ = network(inputs, hidden, torch.zeros(5, 3))
+    each = [network(x[None], 0 * hidden, torch.zeros(1, 3))[0][0] for x in inputs]
+    torch.testing.assert_close(outputs, torch.stack(each))
+    network.recurrent = True
+    assert not torch.allclose(network(inputs, hidden, torch.zeros(5, 3))[0], outputs)
+    torch.testing.assert_close(network(inputs, hidden, torch.ones(5, 3))[0], outputs)

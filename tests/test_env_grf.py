@@ -1,28 +1,24 @@
-"""Tests of the football environment: on scripted raw observations, on a double of the game, and on the real engine."""
+"""The football environment: scripted raw observations, a double of the game in workers, the engine."""
 
-import itertools
+import functools
 import math
 import multiprocessing
 import os
 import signal
 import time
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a2po_grf
 from a2po_grf import (
     DRIBBLE,
     HALF_PITCH,
     HIGH_PASS,
-    IDLE,
     LONG_PASS,
-    METRICS,
     N_ACTIONS,
     NORMAL,
     PASSES,
@@ -36,28 +32,26 @@ from a2po_grf import (
     STOP_DRIBBLE,
     THROW_IN,
     Behaviour,
+    Episodes,
     Football,
-    FootballGames,
-    GameDied,
-    RecurrentNetwork,
+    Games,
+    GamesFailed,
     Reward,
     action_mask,
-    behaviour_means,
-    by_agent,
-    by_network,
     feature_bounds,
     feature_layout,
-    joint_step,
     nearest_player,
     observe_agents,
     observe_state,
+    summarize,
 )
 
 WEIGHTS = dict.fromkeys(Reward.TERMS, 1.0)
-RUNNING, BOTTOM = tuple(range(1, 9)), 7
+IDLE, RUNNING, BOTTOM = 0, tuple(range(1, 9)), 7
 KICK_OFF, GOAL_KICK, FREE_KICK, CORNER, _, PENALTY = range(1, 7)
 engine = pytest.mark.skipif(not a2po_grf.find_football(), reason="gfootball is not installed, the README says how")
-quiet = pytest.mark.filterwarnings("ignore:football's worker")
+quiet = pytest.mark.filterwarnings("ignore:worker")
+NUMBERS = ("won", "score", "goal", "lost", "assist", "pass", "attempts", "pass_rate")
 
 
 def raw(owner=None, mode=NORMAL, score=(0, 0), ball=(0.0, 0.0, 0.0), steps_left=3000, sticky=None, **changes):
@@ -109,8 +103,9 @@ MINE, HIS, KEEPER, ENEMY = (0, 1), (0, 2), (0, 0), (1, 1)
 
 
 def expect(result, **numbers):
-    wanted = dict.fromkeys(Behaviour.NAMES, 0) | {"pass_rate": math.nan} | numbers
-    assert {name: result[name] for name in Behaviour.NAMES} == pytest.approx(wanted, nan_ok=True)
+    wanted = dict.fromkeys(NUMBERS, 0) | {"pass_rate": math.nan} | numbers
+    wanted["score"] = wanted["goal"] - wanted["lost"]
+    assert result == pytest.approx(wanted, nan_ok=True)
 
 
 def test_nothing_happens():
@@ -202,11 +197,11 @@ def test_sent_off_agents_press_nothing():
 def test_goal_with_assist():
     steps = [(raw(MINE), {}), (raw(), {0: SHORT_PASS}), (raw(HIS), {}), (raw(HIS), {}), (raw(), {1: SHOT})]
     result = played(*steps, (raw(score=(1, 0)), {}))
-    expect(result, **{"goal": 1, "assist": 1, "pass": 1, "attempts": 1, "pass_rate": 100, "win": 1})
+    expect(result, **{"goal": 1, "assist": 1, "pass": 1, "attempts": 1, "pass_rate": 100, "won": 1})
 
 
 def test_goal_straight_from_the_ball_won_has_no_assist():
-    expect(played((raw(ENEMY), {}), (raw(MINE), {}), (raw(), {0: SHOT}), (raw(score=(1, 0)), {})), goal=1, win=1)
+    expect(played((raw(ENEMY), {}), (raw(MINE), {}), (raw(), {0: SHOT}), (raw(score=(1, 0)), {})), goal=1, won=1)
 
 
 @pytest.mark.parametrize("between", [ENEMY, KEEPER])
@@ -225,7 +220,7 @@ def test_assist_is_lost_when_play_stops():
 
 
 def test_goal_by_a_pass_is_no_failed_attempt():
-    expect(played((raw(MINE), {}), (raw(), {0: LONG_PASS}), (raw(score=(1, 0)), {})), goal=1, win=1)
+    expect(played((raw(MINE), {}), (raw(), {0: LONG_PASS}), (raw(score=(1, 0)), {})), goal=1, won=1)
 
 
 def test_own_goal_by_a_pass_is_a_failed_attempt():
@@ -239,7 +234,8 @@ def test_goals_of_an_earlier_score_are_not_counted():
 
 @pytest.mark.parametrize("score, win", [((1, 0), 1), ((1, 1), 0), ((0, 1), 0)])
 def test_win(score, win):
-    assert played((raw(score=score), {}))["win"] == win
+    result = played((raw(score=score), {}))
+    assert (result["won"], result["score"]) == (win, score[0] - score[1])
 
 
 # ------------------------------------------------------------------------------------------------------- reward
@@ -513,20 +509,20 @@ def test_state():
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_spaces_have_the_sizes_of_the_layout(name):
     sizes = SCENARIOS[name]
-    layout = feature_layout(sizes["left"], sizes["right"])
-    space = Football(name, WEIGHTS).observation_space
-    assert space["obs"].shape == (sizes["agents"], sum(size for size, _, _ in layout.values()))
+    layout = feature_layout(sizes.left, sizes.right)
+    space = Football(name, WEIGHTS, seed=0).observation_space
+    assert space["obs"].shape == (sizes.agents, sum(size for size, _, _ in layout.values()))
     assert all(low < high for _, low, high in layout.values())
 
 
 # ------------------------------------------------------------------------------------------- a double of the game
-class Double(gym.Env):
+class Double:
     """Stands for Football in its process: episodes of three steps; an action of the first agent tells it to break."""
 
     DIE, HANG, FAIL = 1, 2, 3
     broken_builds = ()  # of environment 0
 
-    def __init__(self, scenario, weights, seed=0, build=0):
+    def __init__(self, seed, build=0):
         self.seed, self.build, self.episode, self.time = seed, build, 0, 0
         self.observation_space = gym.spaces.Dict(obs=gym.spaces.Box(-np.inf, np.inf, (1, 4), np.float32))
         self.action_space = gym.spaces.MultiDiscrete([9])
@@ -534,14 +530,14 @@ class Double(gym.Env):
     def observe(self):
         return {"obs": np.array([[self.seed, self.build, self.episode, self.time]], np.float32)}
 
-    def begin(self, seed=None):
+    def reset(self, seed=None):
         if self.build in Double.broken_builds and self.seed % 1000 == 0:
             os._exit(1)
         self.episode, self.time = self.episode + 1, 0
         if seed is not None:
             self.seed, self.build, self.episode = seed, 0, 1
 
-    def advance(self, action):
+    def step(self, action):
         if action[0] == self.DIE:
             os._exit(1)
         if action[0] == self.HANG:
@@ -550,24 +546,26 @@ class Double(gym.Env):
             raise RuntimeError("the engine says no")
         self.time += 1
         ended = self.time == 3
-        info = {"won": ended, "metrics": dict.fromkeys(METRICS, float(self.episode))} if ended else {"won": False}
-        return float(self.time), ended and self.seed % 2 == 0, ended and self.seed % 2 == 1, info
+        numbers = {"won": 1, "goal": self.episode} if ended else {}
+        return float(self.time), ended and self.seed % 2 == 0, ended and self.seed % 2 == 1, numbers
 
     def get_state(self):
-        return bytes([self.episode, self.time])
+        return self.seed, self.build, self.episode, self.time
 
     def set_state(self, state):
-        self.episode, self.time = state
+        self.seed, self.build, self.episode, self.time = state
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
 def games(monkeypatch):
-    monkeypatch.setattr(a2po_grf, "Football", Double)
     monkeypatch.setattr(Double, "broken_builds", ())
     made = []
 
-    def make(num_envs=2, seed=3, timeout=20.0, num_workers=2):
-        made.append(FootballGames("5_vs_5", num_envs, seed, WEIGHTS, num_workers, timeout))
+    def make(num_envs=2, seed=3000, timeout=20.0, num_workers=2):
+        made.append(Games(Double, num_envs, seed, num_workers, timeout))
         return made[-1]
 
     yield make
@@ -578,7 +576,7 @@ def games(monkeypatch):
 
 def step(envs, *actions):
     obs, reward, terminated, truncated, info = envs.step([[action] for action in actions])
-    return obs["obs"][:, 0, :].tolist(), reward.tolist(), terminated.tolist(), truncated.tolist(), info
+    return obs["obs"][:, 0, :].tolist(), reward[:, 0].tolist(), terminated.tolist(), truncated.tolist(), info
 
 
 @pytest.mark.filterwarnings("error")
@@ -588,17 +586,15 @@ def test_next_step_autoreset(games):
     assert obs["obs"][:, 0].tolist() == [[3000, 0, 1, 0], [3001, 0, 1, 0]]
     step(envs, 0, 0)
     obs, reward, terminated, truncated, info = step(envs, 0, 0)
-    assert obs == [[3000, 0, 1, 2], [3001, 0, 1, 2]] and np.isnan(info["metrics"]["goal"]).all()
+    assert obs == [[3000, 0, 1, 2], [3001, 0, 1, 2]] and info["episode"] == {}
     obs, reward, terminated, truncated, info = step(envs, 0, 0)
     assert (obs, reward) == ([[3000, 0, 1, 3], [3001, 0, 1, 3]], [3, 3])
     assert (terminated, truncated) == ([True, False], [False, True])
-    assert info["won"].tolist() == [True, True] and info["metrics"]["goal"].tolist() == [1, 1]
-    assert set(info["metrics"]) == set(METRICS)
+    assert {name: numbers.tolist() for name, numbers in info["episode"].items()} == {"won": [1, 1], "goal": [1, 1]}
     # The next step takes no action: it is the first observation of the next episode.
     obs, reward, terminated, truncated, info = step(envs, Double.DIE, Double.HANG)
     assert (obs, reward) == ([[3000, 0, 2, 0], [3001, 0, 2, 0]], [0, 0])
-    assert not any(terminated + truncated) and not info["won"].any() and np.isnan(info["metrics"]["goal"]).all()
-    assert envs.crashes == 0 and not info["crashed"].any()
+    assert not any(terminated + truncated) and info["episode"] == {} and not info["crashed"].any()
 
 
 def test_observations_are_not_written_over(games):
@@ -618,14 +614,14 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
         os.kill(old.pid, signal.SIGKILL)
     if way == "stopped":
         os.kill(old.pid, signal.SIGSTOP)
-    reason = "did not answer for 1 s" if way in ("hangs", "stopped") else "died"
-    with pytest.warns(UserWarning, match=f"worker 0 {reason}; the episodes of its games 0 are dropped"):
+    reason = {"hangs": "did not answer for 1 s", "raises": "failed: RuntimeError.'the engine says no'."}
+    reason = (reason | {"stopped": reason["hangs"]}).get(way, "died")
+    with pytest.warns(UserWarning, match=f"worker 0 {reason}; the episodes of its games are dropped"):
         obs, reward, terminated, truncated, info = step(envs, action, 0)
     # Its step is no sample and ends the episode; the other game goes on.
     assert (obs, reward) == ([[3000, 0, 1, 1], [3001, 0, 1, 2]], [0, 2])
     assert (terminated, truncated) == ([False, False], [True, False])
-    assert info["crashed"].tolist() == [True, False] and envs.crashes == 1
-    assert not info["won"].any() and np.isnan(info["metrics"]["goal"]).all()
+    assert info["crashed"].tolist() == [True, False] and info["episode"] == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         obs, reward, terminated, truncated, info = step(envs, 0, 0)
@@ -638,71 +634,15 @@ def test_a_worker_that_breaks_is_replaced_and_its_episode_dropped(games, way, ca
 @quiet
 @pytest.mark.parametrize("way", [Double.DIE, Double.HANG])
 def test_a_worker_s_other_games_are_lost_with_it(games, way):
-    """Five games in two workers, 0 2 4 and 1 3. Game 2 breaks its worker after game 0 has played and before game 4,
-    which has no episode to lose: it should begin one, and does so with the next step."""
+    """Five games in two workers, 0 2 4 and 1 3. Game 2 breaks its worker after game 0 has played and before game 4."""
     envs = games(5, timeout=1.0)
     envs.reset()
-    state = envs.get_state()
-    for _ in range(3):
-        step(envs, 0, 0, 0, 0, 0)
-    ended = envs.get_state()
-    envs.set_state([torch.tensor([False, False, False, False, True]), state[1], *state[2:6], ended[6]])
     obs, reward, terminated, truncated, info = step(envs, 0, 0, way, 0, 0)
-    assert info["crashed"].tolist() == [True, False, True, False, True] and envs.crashes == 2
-    assert truncated == [True, False, True, False, True] and not any(terminated)
+    assert info["crashed"].tolist() == truncated == [True, False, True, False, True] and not any(terminated)
     assert obs[1] == [3001, 0, 1, 1] and obs[3] == [3003, 0, 1, 1] and reward == [0, 1, 0, 1, 0]
     obs, _, _, _, info = step(envs, 0, 0, 0, 0, 0)
-    assert not info["crashed"].any() and envs.crashes == 2
+    assert not info["crashed"].any()
     assert obs == [[3000, 1, 1, 0], [3001, 0, 1, 2], [3002, 1, 1, 0], [3003, 0, 1, 2], [3004, 1, 1, 0]]
-
-
-def play_halves(envs, actions):
-    """The halves in turn, as in a rollout, with actions (steps, N): for each step the results of both halves."""
-    played = []
-    for t, half in itertools.product(range(len(actions) + 1), envs.halves):
-        if t > 0:
-            obs, reward, terminated, truncated, info = envs.step_wait(half)
-            rows = [obs["obs"][:, 0], reward, terminated, truncated, info["crashed"], info["metrics"]["goal"]]
-            played += zip(*(row.tolist() for row in rows), strict=True)
-        if t < len(actions):
-            envs.step_async([[action] for action in actions[t][half]], half)
-    return [played[k : k + envs.num_envs] for k in range(0, len(played), envs.num_envs)]
-
-
-@pytest.mark.parametrize("num_envs", [1, 2, 5, 8])
-@pytest.mark.parametrize("num_workers", [1, 2, 9])
-def test_halves_are_the_games_of_whole_steps(games, num_envs, num_workers):
-    envs, whole = games(num_envs, num_workers=num_workers), games(num_envs, num_workers=num_workers)
-    envs.reset(), whole.reset()
-    together = [e for half in envs.halves for e in range(num_envs)[half]]
-    assert together == list(range(num_envs)) and len(envs.halves) == min(num_envs, 2)
-    for moves in play_halves(envs, np.zeros((9, num_envs), int)):
-        obs, reward, terminated, truncated, info = step(whole, *[0] * num_envs)
-        results = (obs, reward, terminated, truncated, info["crashed"].tolist(), info["metrics"]["goal"].tolist())
-        assert str(moves) == str(list(zip(*results, strict=True)))
-    assert str(envs.get_state()) == str(whole.get_state())
-
-
-@quiet
-@pytest.mark.parametrize("broken", [0, 2])
-def test_a_worker_breaks_while_both_halves_are_under_way(games, broken):
-    """Four games in two workers, 0 2 and 1 3, the halves 0 1 and 2 3. Both games of worker 0 lose the step that they
-    were asked for, whichever of them broke, and begin anew with the next one; worker 1's go on."""
-    envs = games(4)
-    envs.reset()
-    actions = np.zeros((5, 4), int)
-    actions[1, broken] = Double.DIE
-    steps = play_halves(envs, actions)
-    # A break in half 1 comes to light with that half; by then half 0 has played step 1, and has been asked for step 2.
-    lost_at = {0: 1 if broken == 0 else 2, 2: 1}
-    for t, moves in enumerate(steps):
-        for e in (0, 2):
-            assert moves[e][4] == (t == lost_at[e]), (t, e)
-            if t > lost_at[e]:
-                assert moves[e][0] == [3000 + e, 1, 1, t - lost_at[e] - 1], (t, e)
-        for e in (1, 3):
-            assert not moves[e][4] and moves[e][0] == [3000 + e, 0, *((1, t + 1) if t < 3 else (2, t - 3))], (t, e)
-    assert envs.crashes == 2 and envs.failures == [1, 0]
 
 
 @quiet
@@ -722,18 +662,16 @@ def test_the_number_of_workers_changes_nothing(games, num_workers):
         envs.reset()
         assert len(envs.processes) == min(workers, 5)
         results = [step(envs, 0, 0, 0, 0, 0) for _ in range(6)]
-        played.append([(*result, info["metrics"]["goal"].tolist()) for *result, info in results])
-        state = [part.tolist() for part in envs.get_state()]
-        played[-1].append(state)
+        played.append([*results, [part.tolist() for part in envs.get_state()]])
     assert str(played[0]) == str(played[1])
 
 
 @quiet
 def test_a_worker_that_breaks_at_the_reset_is_replaced_too(games):
     Double.broken_builds = (0, 1)
-    envs = games()
+    envs = Episodes(games())
     obs, _ = envs.reset()
-    assert obs["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 0, 1, 0]]
+    assert obs["obs"][:, 0].tolist() == [[3000, 2, 1, 0], [3001, 0, 3, 0]], "all begin again"
     assert envs.crashes == 0, "no episode had begun"
 
 
@@ -741,7 +679,7 @@ def test_a_worker_that_breaks_at_the_reset_is_replaced_too(games):
 def test_a_game_that_never_starts_ends_the_program_with_one_line(games):
     Double.broken_builds = range(100)
     envs = games()
-    with pytest.raises(GameDied, match="football failed 3 times without a whole episode on 5_vs_5"):
+    with pytest.raises(GamesFailed, match="games failed 3 times without a whole episode; at last a worker died"):
         envs.reset()
     assert envs.closed and not any(process.is_alive() for process in envs.processes)
 
@@ -756,16 +694,15 @@ def test_a_whole_episode_forgives_the_failures(games):
             step(envs, 0)
         assert envs.failures == [0]
         step(envs, 0)
-    assert envs.crashes == 5
-    with pytest.raises(GameDied):
+    with pytest.raises(GamesFailed):
         for _ in range(6):
             step(envs, Double.DIE)
 
 
 def test_seeds_of_the_games(games):
-    envs = games(2, seed=7)
+    envs = games(2, seed=7000)
     envs.reset()
-    assert envs.reset(seed=8)[0]["obs"][:, 0].tolist() == [[8000, 0, 1, 0], [8001, 0, 1, 0]]
+    assert envs.reset(seed=8000)[0]["obs"][:, 0].tolist() == [[8000, 0, 1, 0], [8001, 0, 1, 0]]
 
 
 def test_get_and_set_state(games):
@@ -791,25 +728,21 @@ def test_a_game_lost_around_an_evaluation_ends_its_episode(games, moment):
     if moment == "get_state":
         os.kill(envs.processes[0].pid, signal.SIGKILL)
     state = envs.get_state()
+    assert (state[0] is None) == (moment == "get_state")
     envs.reset()
     if moment == "set_state":
         os.kill(envs.processes[0].pid, signal.SIGKILL)
     if moment == "between":
-        state = [*state[:2], state[2][:1], *state[3:]]
+        state = [None, state[1]]
     envs.set_state(state)
     obs, _, _, truncated, info = step(envs, 0, 0)
-    assert (
-        envs.crashes == 1
-        and info["crashed"].tolist() == [True, False]
-        and truncated == [True, False]
-        and obs[1] == [3001, 0, 1, 2]
-    )
+    assert info["crashed"].tolist() == truncated == [True, False] and obs[1] == [3001, 0, 1, 2]
     obs, _, _, truncated, info = step(envs, 0, 0)
     assert not info["crashed"].any() and obs[0][3] == 0 and obs[1] == [3001, 0, 1, 3]
 
 
 def orphaning(pipe):
-    envs = FootballGames("5_vs_5", 2, 0, WEIGHTS, 2)
+    envs = Games(Double, 2, 0, 2, 20.0)
     envs.reset()
     pipe.send([process.pid for process in envs.processes])
     time.sleep(1000)
@@ -824,7 +757,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc")
-def test_workers_end_when_the_main_process_is_killed(games):
+def test_workers_end_when_the_main_process_is_killed():
     ours, theirs = multiprocessing.Pipe()
     main = multiprocessing.get_context("fork").Process(target=orphaning, args=(theirs,))
     main.start()
@@ -842,6 +775,118 @@ def test_ctrl_c_is_left_to_the_main_process(games):
     envs = games()
     envs.reset()
     assert all(os.getsid(process.pid) != os.getsid(0) for process in envs.processes)
+
+
+# ------------------------------------------------------------------------------------------------------- two halves
+@pytest.fixture
+def halves(games, monkeypatch):
+    """halves(num_envs) as the script makes them, with doubles in place of the games."""
+
+    def make(num_envs, num_workers=2, seed=3):
+        monkeypatch.setattr(a2po_grf, "Football", lambda scenario, weights, seed, build: Double(seed, build))
+        made = a2po_grf.make_envs(a2po_grf.Args(num_envs=num_envs, num_workers=num_workers, seed=seed))
+        closing.append(made)
+        return made
+
+    closing = []
+    yield make
+    for made in closing:
+        made.close()
+
+
+def seen(envs):
+    return envs.look("cpu")["obs"][:, 0].tolist()
+
+
+def play_in_turns(envs, actions):
+    """As in a rollout, with actions (steps, N): for each step what is seen after it, and (N,) crashed."""
+    played, asked = [[] for _ in actions], {}
+    for t in range(len(actions) + 1):
+        first = 0
+        for h, half in enumerate(envs.halves):
+            if t > 0:
+                _, _, crashed = half.record(asked[h], *half.env.step_wait())
+                obs = half.look("cpu")["obs"][:, 0].tolist()
+                played[t - 1] += zip(obs, crashed.tolist(), strict=True)
+            if t < len(actions):
+                asked[h] = torch.tensor(actions[t][first : first + half.num_envs])[:, None]
+                half.env.step_async(asked[h].numpy())
+            first += half.num_envs
+    return played
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_workers", [1, 9])
+def test_halves_play_what_all_games_would(games, halves, num_envs, num_workers):
+    """In turns and at once: the episodes, their numbers and the states are those of one set of games."""
+    turns, at_once, whole = halves(num_envs, num_workers), halves(num_envs, num_workers), Episodes(games(num_envs))
+    assert len(turns.halves) == min(num_envs, 2) and turns.num_envs == num_envs
+    turns.reset(), at_once.reset(), whole.reset()
+    assert seen(turns) == seen(at_once) == seen(whole) == [[3000 + e, 0, 1, 0] for e in range(num_envs)]
+    actions = torch.zeros(num_envs, 1, dtype=torch.long)
+    for results in play_in_turns(turns, np.zeros((9, num_envs), int)):
+        whole.play(actions), at_once.play(actions)
+        assert [obs for obs, _ in results] == seen(whole) == seen(at_once)
+    ended = [sorted(envs.finished(), key=lambda one: (one["env"], one["goal"])) for envs in (turns, at_once, whole)]
+    assert ended[0] == ended[1] == ended[2] and len(ended[0]) == 2 * num_envs
+    assert turns.finished() == []
+
+
+@quiet
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_worker_breaks_while_both_halves_are_under_way(halves, broken):
+    """Of two games in one worker the other loses its step, too; those of the other half go on."""
+    envs = halves(4, num_workers=1)
+    envs.reset()
+    actions = np.zeros((5, 4), int)
+    actions[1, broken] = Double.DIE
+    lost = {broken, broken + 1}
+    for t, results in enumerate(play_in_turns(envs, actions)):
+        for e, (obs, crashed) in enumerate(results):
+            assert crashed == (t == 1 and e in lost), (t, e)
+            if e in lost and t > 1:
+                assert obs == [3000 + e, 1, 1, t - 2], (t, e)
+            if e not in lost:
+                assert obs == [3000 + e, 0, *((1, t + 1) if t < 3 else (2, t - 3))], (t, e)
+    assert envs.crashes == 2
+    envs.crashes = 7  # as on resume
+    assert envs.crashes == 7
+
+
+def test_the_state_of_halves(halves):
+    envs, other = halves(3), halves(3, num_workers=1, seed=4)
+    envs.reset(), other.reset()
+    actions = torch.zeros(3, 1, dtype=torch.long)
+    for _ in range(2):
+        envs.play(actions)
+    state = envs.get_state()
+    for restored in (envs, other):
+        restored.play(actions)
+        restored.set_state(state)
+        assert seen(restored) == [[3000 + e, 0, 1, 2] for e in range(3)]
+        restored.play(actions)
+        assert [episode["length"] for episode in restored.finished()[-3:]] == [3, 3, 3]
+
+
+@quiet
+def test_halves_cannot_be_saved_when_the_games_of_one_have_failed(halves):
+    """The other half is amidst a step."""
+    envs = halves(2)
+    envs.reset()
+    with pytest.raises(GamesFailed):
+        play_in_turns(envs, [[Double.DIE, 0]] * 9)
+    assert envs.get_state() is None
+    envs.close()
+    assert not any(process.is_alive() for half in envs.halves for process in half.env.processes)
+
+
+def test_pass_rate_over_episodes_is_that_of_all_attempts():
+    numbers = {"env": 0, "won": 0, "return": 1.5, "length": 9}
+    episodes = [numbers | {"pass": p, "attempts": a, "goal": g} for p, a, g in ((1, 1, 0), (0, 0, 1), (4, 9, 2))]
+    means = summarize(episodes)
+    assert (means["pass_rate"], means["goal"], means["win_rate"]) == (50, 1, 0)
+    assert (means["episodic_return"], means["episodic_length"]) == (1.5, 9) and "env" not in means
+    assert math.isnan(summarize([numbers | {"pass": 0, "attempts": 0}])["pass_rate"])
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -876,14 +921,16 @@ def random_actions(obs, rng):
 
 
 def play(game, steps, seed=0):
-    """(observation, reward, terminated, truncated, info) of random steps; new episodes begin where one ends."""
+    """(observation, reward, terminated, truncated, numbers) of random steps; new episodes begin where one ends."""
     rng, stream = np.random.default_rng(seed), []
     obs = game.observe()
     for _ in range(steps):
-        stream.append(game.step(random_actions(obs, rng)))
-        obs = stream[-1][0]
-        if stream[-1][2] or stream[-1][3]:
-            obs = game.reset()[0]
+        results = game.step(random_actions(obs, rng))
+        obs = game.observe()
+        stream.append((obs, *results))
+        if results[1] or results[2]:
+            game.reset()
+            obs = game.observe()
     return stream
 
 
@@ -898,14 +945,14 @@ def equal(one, other):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenarios_of_the_engine(name, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    game = Football(name, WEIGHTS)
-    obs, _ = game.reset()
+    game = Football(name, WEIGHTS, seed=0)
+    game.reset()
     sizes = SCENARIOS[name]
-    assert len(game.raw["left_team"]) == sizes["left"] and len(game.raw["right_team"]) == sizes["right"]
-    assert game.raw["steps_left"] == sizes["steps"] + 1
+    assert len(game.raw["left_team"]) == sizes.left and len(game.raw["right_team"]) == sizes.right
+    assert game.raw["steps_left"] == sizes.steps + 1
     agents = game.raw["left_agent_controlled_player"]
-    assert len(agents) == sizes["agents"] and 0 not in agents and len(set(agents)) == len(agents)
-    assert game.observation_space.contains(obs)
+    assert len(agents) == sizes.agents and 0 not in agents and len(set(agents)) == len(agents)
+    assert game.observation_space.contains(game.observe())
     for _ in range(3):
         for obs, reward, *_ in play(game, 25):
             assert game.observation_space.contains(obs) and math.isfinite(reward)
@@ -971,17 +1018,17 @@ def test_the_state_of_the_engine_is_the_whole_state():
 def test_an_episode_may_end_with_the_first_step_after_its_restoration():
     game, other = (
         Football("academy_3_vs_1_with_keeper", WEIGHTS, seed=1),
-        Football("academy_3_vs_1_with_keeper", WEIGHTS),
+        Football("academy_3_vs_1_with_keeper", WEIGHTS, seed=2),
     )
     game.reset()
     for _ in range(400):
         state = game.get_state()
-        _, reward, terminated, truncated, _ = game.step([1, 1, 1])  # away from the goal
+        reward, terminated, truncated, _ = game.step([1, 1, 1])  # away from the goal
         if terminated or truncated:
             break
     for _ in range(2):
         other.set_state(state)
-        assert other.step([1, 1, 1])[1:4] == (reward, terminated, truncated)
+        assert other.step([1, 1, 1])[:3] == (reward, terminated, truncated)
     assert terminated or truncated
     game.close(), other.close()
 
@@ -989,15 +1036,15 @@ def test_an_episode_may_end_with_the_first_step_after_its_restoration():
 @engine
 def test_an_academy_episode_ends_with_its_metrics():
     game = Football("academy_empty_goal_close", WEIGHTS, seed=1)
-    obs, _ = game.reset()
+    game.reset()
     for _ in range(400):  # walk into the empty goal
-        obs, reward, terminated, truncated, info = game.step([5])
+        reward, terminated, truncated, numbers = game.step([5])
         if terminated or truncated:
             break
-    assert terminated and not truncated and info["won"]
-    metrics = info["metrics"]
-    assert set(metrics) == set(METRICS) and (metrics["goal"], metrics["win"], metrics["assist"]) == (1, 1, 0)
-    assert metrics["reward_goal"] == metrics["reward_win"] == 1 and metrics["reward_position"] > 0.1
+    assert terminated and not truncated
+    assert set(numbers) == {*NUMBERS, *(f"reward_{term}" for term in Reward.TERMS)}
+    assert (numbers["goal"], numbers["won"], numbers["score"], numbers["assist"]) == (1, 1, 1, 0)
+    assert numbers["reward_goal"] == numbers["reward_win"] == 1 and numbers["reward_position"] > 0.1
     assert reward >= 2
     game.close()
 
@@ -1006,13 +1053,13 @@ def test_an_academy_episode_ends_with_its_metrics():
 @pytest.mark.parametrize("name, drill", [("academy_3_vs_1_with_keeper", True), ("5_vs_5", False)])
 @pytest.mark.parametrize("steps_left", [0, 7])
 def test_the_final_whistle_is_an_end_and_the_end_of_a_drill_a_limit(name, drill, steps_left, monkeypatch):
-    game = Football(name, WEIGHTS)
+    game = Football(name, WEIGHTS, seed=0)
     game.reset()
     last = game.raw | {"steps_left": steps_left}
     monkeypatch.setattr(game.game, "step", lambda actions: (last, 0, True, {}))
-    _, _, terminated, truncated, info = game.step([IDLE] * game.sizes["agents"])
+    _, terminated, truncated, numbers = game.step([IDLE] * game.agents)
     assert truncated == (drill and steps_left == 0) and terminated == (not truncated)
-    assert set(info["metrics"]) == set(METRICS) and not info["won"]
+    assert numbers["won"] == 0 and set(NUMBERS) < set(numbers)
     game.close()
 
 
@@ -1020,13 +1067,13 @@ def test_the_final_whistle_is_an_end_and_the_end_of_a_drill_a_limit(name, drill,
 def test_a_pass_in_the_engine_is_counted():
     """Player 2 turns to player 1 and passes; nobody is near, so that the ball arrives."""
     game = Football("academy_pass_and_shoot_with_keeper", WEIGHTS, seed=1)
-    obs, _ = game.reset()
+    game.reset()
     for time_step in range(60):
-        can_pass = obs["action_mask"][:, SHORT_PASS].astype(bool)
+        can_pass = game.observe()["action_mask"][:, SHORT_PASS].astype(bool)
         if time_step == 3:
             assert can_pass.tolist() == [False, True]
         choice = BOTTOM if time_step < 3 else SHORT_PASS if time_step < 6 else IDLE
-        obs, *_ = game.step(np.where(can_pass, choice, IDLE))
+        game.step(np.where(can_pass, choice, IDLE))
         if game.raw["ball_owned_player"] == 1:
             break
     expect(game.behaviour.result(), **{"pass": 1, "attempts": 1, "pass_rate": 100})
@@ -1036,147 +1083,18 @@ def test_a_pass_in_the_engine_is_counted():
 @engine
 @quiet
 def test_a_killed_engine_is_replaced():
-    envs = FootballGames("academy_3_vs_1_with_keeper", 2, 1, WEIGHTS, 2)
+    envs = Games(functools.partial(Football, "academy_3_vs_1_with_keeper", WEIGHTS), 2, 1000, 2, 60.0)
     rng = np.random.default_rng(0)
     obs, _ = envs.reset()
     assert envs.observation_space.contains(obs)
     obs, *_ = envs.step(random_actions(obs, rng))
     os.kill(envs.processes[1].pid, signal.SIGKILL)
     obs, _, _, truncated, info = envs.step(random_actions(obs, rng))
-    assert info["crashed"].tolist() == [False, True] and truncated.tolist() == [False, True] and envs.crashes == 1
+    assert info["crashed"].tolist() == [False, True] and truncated.tolist() == [False, True]
+    state = envs.get_state()  # the new engine has not begun its game
+    assert None not in state
+    envs.set_state(state)
     for _ in range(5):
         obs, _, _, _, info = envs.step(random_actions(obs, rng))
         assert not info["crashed"].any() and envs.observation_space.contains(obs)
     envs.close()
-
-
-# --------------------------------------------------------------------------------------------- networks and training
-@pytest.mark.parametrize("m", [1, 3])
-def test_a_joint_step_is_each_network_s_own(m):
-    """On the same inputs the batched pass gives what each agent's network gives by itself."""
-    torch.manual_seed(0)
-    N, n, inputs, outputs, H = 5, 3, 7, 4, 8
-    networks = torch.nn.ModuleList([RecurrentNetwork(inputs, outputs, H, gain=1.0) for _ in range(m)])
-    for parameter in networks.parameters():  # biases and scales that are not trivial
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    x, hidden, start = torch.randn(N, n, inputs), torch.randn(N, n, H), torch.randint(2, (N, n)).float()
-    results, states = joint_step(networks)(*(by_network(part, m) for part in (x, hidden, start)))
-    results, states = by_agent(results, n), by_agent(states, n)
-    for agent in range(n):
-        network = networks[agent if m > 1 else 0]
-        expected, expected_states = network(x[None, :, agent], hidden[:, agent], start[None, :, agent])
-        torch.testing.assert_close(results[:, agent], expected[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(states[:, agent], expected_states[0], rtol=1e-5, atol=1e-5)
-
-
-def test_pass_rate_over_episodes_is_that_of_all_attempts():
-    results = {"pass": [1, 0, 4], "attempts": [1, 0, 9], "pass_rate": [100, math.nan, 400 / 9], "goal": [0, 1, 2]}
-    means = behaviour_means(results)
-    assert means["pass_rate"] == 50 and means["goal"] == 1
-    assert math.isnan(behaviour_means({"pass": [0], "attempts": [0], "pass_rate": [math.nan]})["pass_rate"])
-
-
-DRILL = "--scenario academy_3_vs_1_with_keeper --num-envs 2 --num-workers 2 --num-steps 60 --eval-episodes 2"
-DRILL += " --torch-threads 1 --no-cuda"
-
-
-def train(options):
-    a2po_grf.main(a2po_grf.parse_args(f"{DRILL} {options}".split()))
-    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
-    return checkpoint.parent
-
-
-def scalars(run_dir):
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-@engine
-@pytest.mark.parametrize("shared", ["--share-parameters", "--no-share-parameters"])
-def test_a_run_logs_everything_and_can_be_resumed(shared, tmp_path, monkeypatch):
-    """With either algorithm a run that is cut off and resumed in fewer workers ends where an uncut one ends."""
-    weights = []
-    for cut in (False, True):
-        place = tmp_path / str(cut)
-        place.mkdir()
-        monkeypatch.chdir(place)
-        run_dir = train(f"--total-timesteps {100 if cut else 200} --eval-every 100 {shared}")
-        if cut:
-            a2po_grf.main(a2po_grf.parse_args(f"--resume {run_dir} --total-timesteps 200 --num-workers 1".split()))
-        weights.append(torch.load(run_dir / "checkpoint.pt", weights_only=True))
-        logged = scalars(run_dir)
-    names = {f"behaviour/{name}" for name in Behaviour.NAMES if name not in ("win", "pass_rate")}
-    names |= {f"reward/{name}" for name in Reward.TERMS} | {f"eval/{name}" for name in ("win_rate", "score", "goal")}
-    names |= {"charts/win_rate", "charts/score", "charts/crashes", "charts/SPS", "charts/episodic_return"}
-    names |= {"losses/policy_loss", "losses/explained_variance", "time/rollout_seconds", "a2po/position_3/ratio"}
-    assert names <= set(logged)
-    # Nobody precedes the first agent with parameters of its own.
-    if "no-" in shared:
-        assert all(value == 0 for _, value in logged["a2po/position_1/preceding_clipfrac"])
-    one, other = weights
-    assert one["progress"]["global_step"] == other["progress"]["global_step"] >= 200
-    for part in ("actor", "critic", "normalizer"):
-        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
-    assert all(torch.equal(one["next_obs"][name], other["next_obs"][name]) for name in one["next_obs"])
-    networks = {name.split(".")[0] for name in one["actor"]}
-    assert networks == ({"0", "1", "2"} if "no-" in shared else {"0"})
-    assert sum(1 for _ in (run_dir / "eval.jsonl").open()) >= 2
-
-
-@engine
-def test_training_goes_on_when_a_game_dies(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    step_wait, log = FootballGames.step_wait, []
-
-    def kill_and_wait(self, half):
-        if len(log) == 50:
-            os.kill(self.processes[1].pid, signal.SIGKILL)
-        result = step_wait(self, half)
-        log.append((result[2] | result[3], result[4]["crashed"]))
-        return result
-
-    monkeypatch.setattr(FootballGames, "step_wait", kill_and_wait)
-    monkeypatch.setattr(a2po_grf, "evaluate", lambda *_: {name: [0.0] for name in ("score", *Behaviour.NAMES)})
-    with pytest.warns(UserWarning, match="worker 1 died"):
-        run_dir = train("--total-timesteps 110 --eval-every 1000000")
-    progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
-    # All steps of 2 games, less the one that was lost and the fillers after an episode's end.
-    fillers = sum(int(ended.sum()) for ended, _ in log[:-2])  # two halves a step
-    assert sum(int(crashed.sum()) for _, crashed in log) == progress["crashes"] == 1
-    assert progress["global_step"] == len(log) - fillers - 1
-
-
-@engine
-def test_a_checkpoint_is_evaluated(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run_dir = train("--total-timesteps 100 --eval-every 1000000")
-    a2po_grf.main(a2po_grf.parse_args(["--eval-only", "--checkpoint", str(run_dir / "checkpoint.pt")]))
-    assert "2 greedy episodes: " in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        a2po_grf.main(a2po_grf.parse_args(["--resume", str(run_dir), "--share-parameters"]))
-    assert "is of share_parameters False, not of True" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--scenario nowhere", "--scenario nowhere: must be one of 5_vs_5"),
-        ("--agent-blocks 5", "--agent-blocks 5: must be at most 4, the number of agents"),
-        ("--num-steps 15", "--num-steps 15: must be a multiple of --chunk-length 10"),
-        ("--reward-goal -1", "--reward-goal -1.0: must be a number of at least 0"),
-        ("--num-envs 0", "--num-envs 0: must be at least 1"),
-    ],
-)
-def test_bad_options_are_one_line(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(a2po_grf, "find_football", lambda: True)
-    with pytest.raises(SystemExit) as error:
-        a2po_grf.main(a2po_grf.parse_args(options.split()))
-    shown = capsys.readouterr().err
-    assert error.value.code == 2 and shown.count("\n") == 1 and message in shown
-
-
-def test_defaults_are_table_11():
-    args = a2po_grf.Args()
-    table = {"update_epochs": 10, "chunk_length": 10, "ent_coef": 0.001, "learning_rate": 5e-4, "gae_lambda": 0.95}
-    assert vars(args) | table | {"clip_coef": 0.25, "gamma": 0.995} == vars(args)

@@ -1,0 +1,51 @@
+"""The policy alone of a run's checkpoint, as a small file: the actors' weights and the run's settings.
+
+    python benchmark/policy.py runs/<run>/checkpoint.pt benchmark/policies/smac-3s5z-smax.pt
+    python a2po_smac.py --eval-only --checkpoint benchmark/policies/smac-3s5z-smax.pt
+    python benchmark/watch.py --checkpoint benchmark/policies/smac-3s5z-smax.pt --out watch.gif
+
+MuJoCo's has the observations' normaliser too, which its actors look through.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+PARTS = ("actor", "obs_normalizer")
+
+
+@dataclass
+class Args:
+    checkpoint: tyro.conf.Positional[Path]
+    """checkpoint.pt of a run"""
+    out: tyro.conf.Positional[Path]
+    """file to write"""
+
+
+def fail(path: Path, message: str):
+    print(f"policy.py: error: {path}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(args: Args):
+    try:
+        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        learned = {name: part for name, part in checkpoint["learned"].items() if name in PARTS}
+        policy = {"args": checkpoint["args"], "script": checkpoint["script"], "learned": learned}
+    except FileNotFoundError:
+        fail(args.checkpoint, "no such file")
+    except Exception:
+        fail(args.checkpoint, "is not a checkpoint of these scripts")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(policy, args.out)
+    except (OSError, RuntimeError) as error:
+        fail(args.out, str(error).splitlines()[0])
+    print(f"{args.out}: {args.out.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,1162 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "mpe2==1.1.1",
+#   "jax==0.10.2",
+#   "jaxlib==0.10.2",
+#   "jaxmarl==0.2.0",
+#   "tyro==1.0.17",
+#   "tensorboard==2.20.0",
+#   "tqdm==4.70.1",
+# ]
+# ///
+"""CoPPO (coordinated PPO, Wu et al., 2021) on MPE Navigation, with parameters shared by all agents.
+
+The baseline that updates all agents simultaneously but weighs each with the clipped ratio of all others. It is CoPPO
+without its credit-assignment mixer, as in the A2PO paper's comparison. Actor and critic are recurrent. The game is
+mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
+
+    python coppo_mpe.py --n-agents 3
+    python coppo_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
+
+Read to the end of `main`: that is the paper. What stands below only makes it run.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.distributions import Categorical
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+@dataclasses.dataclass
+class Args:
+    n_agents: int = 3
+    """number of agents, and of landmarks that they shall cover (the paper has 3 and 5)"""
+    local_ratio: float = 0.0
+    """weight of an agent's own collisions in its reward, against the team's distances: 0 is the paper's fully
+    cooperative setting, above it is the general-sum one (0.5 in the authors' code)"""
+    simulator: Literal["mpe2", "jaxmarl"] = "mpe2"
+    """the game: mpe2 (PettingZoo's) in worker processes, or JaxMARL's double of it, which is faster"""
+    seed: int = 1
+    """seed of the networks, the sampling and the simulator"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run (the authors' setting); a step of all agents counts once"""
+    num_envs: int = 32
+    """environments stepped at once (the authors' setting; MAPPO has 128 on MPE)"""
+    num_steps: int = 25
+    """steps of each environment per iteration: an episode (MAPPO default, and the authors' setting)"""
+    num_workers: int | None = None
+    """processes that share mpe2's games; by default one for each core"""
+    worker_timeout: float = 120.0
+    """seconds after which a worker whose game does not answer is given up and begun anew"""
+
+    learning_rate: float = 2e-4
+    """of actor and critic (Table 10)"""
+    gamma: float = 0.99
+    """discount factor (MAPPO default)"""
+    gae_lambda: float = 0.97
+    """lambda of the advantage's trace (Table 10)"""
+    clip_coef: float = 0.2
+    """base clipping parameter epsilon (Table 10)"""
+    update_epochs: int = 8
+    """P, passes over the rollout (Table 10)"""
+    recurrent: bool = True
+    """keep the GRU's state from step to step, else it is zeroed before each"""
+    chunk_length: int = 5
+    """steps of back-propagation through time (Table 10)"""
+    ent_coef: float = 0.05
+    """weight of the entropy bonus (Table 10)"""
+    huber_delta: float = 10.0
+    """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
+    max_grad_norm: float = 10.0
+    """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
+    hidden_size: int = 64
+    """width of all hidden layers and of the GRU (MAPPO default)"""
+
+    eval_every: int = 50_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes per evaluation (MAPPO default)"""
+    save_every: int = 100_000
+    """environment steps between checkpoints"""
+    resume: str = ""
+    """run directory to continue; its settings hold, but for the options given beside it"""
+    eval_only: bool = False
+    """play eval_episodes with --checkpoint, print the result and leave"""
+    checkpoint: str = ""
+    """checkpoint file for --eval-only"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project: str = "a2po"
+    """Weights & Biases project"""
+    cuda: bool = True
+    """use a GPU for the networks if there is one"""
+    compile: bool = False
+    """compile the networks with torch.compile; needs a C++ compiler, starts minutes later"""
+    torch_threads: int | None = None
+    """CPU threads of PyTorch; by default all cores"""
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al., 2016), as a backward recursion; O(T).
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lambda A_{t+1}
+
+    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
+    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    """
+    terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    advantages = torch.empty_like(deltas)
+    advantages[-1] = deltas[-1]
+    for t in reversed(range(len(deltas) - 1)):
+        advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
+    return advantages
+
+
+def clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef):
+    """CoPPO's objective per sample, to be maximised: min(l A, clip(l, 1 +- eps) A).
+
+    l = ratio * g, where g is the product of all other agents' ratios, clipped to 1 +- eps / 2, without gradient.
+    """
+    preceding = preceding_ratio.detach().clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+    joint = ratio * preceding
+    return torch.min(joint * advantages, joint.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+
+
+def value_loss(values, old_values, targets, clip_coef, huber_delta):
+    """Clipped Huber loss per sample, all in normalised units (MAPPO default): the worse of free and clipped value."""
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    free_loss = F.huber_loss(values, targets, reduction="none", delta=huber_delta)
+    clipped_loss = F.huber_loss(clipped, targets, reduction="none", delta=huber_delta)
+    return torch.max(free_loss, clipped_loss)
+
+
+def masked_mean(x, sample, dim=None):
+    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
+
+
+def normalize_advantages(advantages, sample):
+    """Zero mean and unit variance over the samples of the update at hand."""
+    mean = masked_mean(advantages, sample)
+    std = masked_mean((advantages - mean).square(), sample).sqrt()
+    return (advantages - mean) / (std + 1e-5)
+
+
+def values_for_the_dead(values, alive):
+    """Values (..., n) with a dead agent's replaced by the mean of its living team-mates'.
+
+    They estimate the same return, the team's; the critic is not trained on dead agents' steps.
+    """
+    team = (values * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(alive.bool(), values, team)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weights and zero bias (MAPPO default)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
+    return [layer_init(nn.Linear(inputs, outputs)), nn.ReLU(), nn.LayerNorm(outputs)]
+
+
+class RecurrentNetwork(nn.Module):
+    """LayerNorm, two ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+
+    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent: bool = True):
+        super().__init__()
+        self.recurrent = recurrent  # else the GRU's state is zeroed before every step
+        layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
+        self.base = nn.Sequential(nn.LayerNorm(inputs), *layers)
+        self.gru = nn.GRUCell(hidden_size, hidden_size)
+        for name, parameter in self.gru.named_parameters():
+            nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), layer_init(nn.Linear(hidden_size, outputs), gain))
+
+    def forward(self, inputs, hidden, start):
+        """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
+
+        Returns outputs (L, B, outputs) and the GRU's state after each step (L, B, H).
+        """
+        keep = (1.0 - start.unsqueeze(-1)) * self.recurrent
+        states = []
+        for t, features in enumerate(self.base(inputs)):
+            hidden = self.gru(features, hidden * keep[t])
+            states.append(hidden)
+        states = torch.stack(states)
+        return self.head(states), states
+
+
+class ValueNormalizer(nn.Module):
+    """Running mean and std of the returns, debiased (MAPPO default, beta 0.99999); the critic's unit is 1 std."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # decaying means of 1, x and x^2
+
+    def update(self, returns):
+        if len(returns) > 0:
+            new = torch.stack([returns.double() ** power for power in range(3)]).mean(1)
+            self.moments.lerp_(new, 1 - self.beta)
+
+    def statistics(self):
+        _, mean, mean_square = self.moments / self.moments[0].clamp(min=1e-5)
+        variance = (mean_square - mean.square()).clamp(min=1e-2)
+        return mean.float(), variance.sqrt().float()
+
+    def normalize(self, returns):
+        mean, std = self.statistics()
+        return (returns - mean) / std
+
+    def denormalize(self, values):
+        mean, std = self.statistics()
+        return values * std + mean
+
+
+def masked_policy(logits, action_mask) -> Categorical:
+    """Unavailable actions get probability zero; -1e10 instead of -inf keeps the entropy finite."""
+    return Categorical(logits=torch.where(action_mask.bool(), logits, -1e10), validate_args=False)
+
+
+# ---------------------------------------------------------------------------------------- networks over a rollout
+@torch.no_grad()
+def act(actor, seen, hidden, greedy=False):
+    """A step of all agents from what is `seen` (obs, action_mask, start) and the GRU's state (N, n, H) before it.
+
+    Returns actions and their log-probabilities, (N, n), and the GRU's state after it.
+    """
+    start = seen["start"].unsqueeze(-1).expand(hidden.shape[:2])
+    logits, states = actor(seen["obs"].flatten(0, 1)[None], hidden.flatten(0, 1), start.flatten()[None])
+    policy = masked_policy(logits.view(seen["action_mask"].shape), seen["action_mask"])
+    actions = policy.mode if greedy else policy.sample()
+    return actions, policy.log_prob(actions), states.view(hidden.shape)
+
+
+@torch.no_grad()
+def rollout_values(critic, inputs, hidden, start):
+    """The critic's outputs (T+1, N, n) for all steps at once, and its GRU's state before each step (T+1, N, n, H)."""
+    shape = inputs.shape[:3]
+    start = start.unsqueeze(-1).expand(shape)
+    values, states = critic(inputs.flatten(1, 2), hidden.flatten(0, 1), start.flatten(1))
+    return values.view(shape), torch.cat([hidden[None], states.view(*shape, -1)[:-1]])
+
+
+def run_chunks(network, inputs, hidden, start, sample, chunk_length):
+    """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
+
+    Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
+    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out; their outputs are zeros.
+    """
+    T, N, k = sample.shape
+    # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
+    places = torch.arange(T * N * k, device=sample.device).view(T // chunk_length, chunk_length, N, k)
+    places = places.transpose(0, 1).flatten(1)
+    places = places[:, sample.flatten()[places].any(0)]
+
+    def fold(x):  # (T, N, k, ...) -> (chunk_length, chunks, ...)
+        return x.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    start = fold(start.unsqueeze(-1).expand(sample.shape))
+    outputs, _ = network(fold(inputs), hidden.flatten(0, 2)[places[0]], start)
+    whole = outputs.new_zeros(T * N * k, outputs.shape[-1])
+    return whole.index_copy(0, places.flatten(), outputs.flatten(0, 1)).unflatten(0, sample.shape)
+
+
+def policy_change(actor, rollout, agents):
+    """The policy now against the policy that sampled, for the k agents at hand.
+
+    Returns log r (T, N, k), where r is the ratio of the probabilities of what was done, 0 where there is no sample; and
+    the entropy of the policy now (T, N, k).
+    """
+    obs, hidden = rollout.obs[:-1].index_select(2, agents), rollout.actor_hidden.index_select(2, agents)
+    sample = rollout.sample[..., agents]
+    logits = run_chunks(actor, obs, hidden, rollout.start[:-1], sample, rollout.chunk_length)
+    policy = masked_policy(logits, rollout.action_mask[:-1, :, agents])
+    log_ratio = policy.log_prob(rollout.actions[..., agents]) - rollout.log_probs[..., agents]
+    return (log_ratio * sample).clamp(-20, 20), policy.entropy()
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args):
+    args = complete_args(args)
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    gamma, gae_lambda = args.gamma, args.gae_lambda
+
+    envs = make_envs(args)
+    n, obs_dim = envs.single_observation_space["obs"].shape
+    _, n_actions = envs.single_observation_space["action_mask"].shape
+    (state_dim,) = envs.single_observation_space["state"].shape
+
+    H = args.hidden_size
+    actor = RecurrentNetwork(obs_dim, n_actions, H, 0.01, args.recurrent).to(device)
+    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0, args.recurrent).to(device)
+    normalizer = ValueNormalizer().to(device)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
+    learned = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
+    hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
+    if args.compile:
+        for network in (actor, critic):
+            network.compile(dynamic=True)
+    run = Run(args, envs, device, learned, hidden)
+    if args.eval_only:
+        return run.report(evaluate(actor, envs, args.eval_episodes, device))
+
+    with run:
+        while run.goes_on():
+            # ------------------------------------------------------------------------------------------- rollout
+            steps = []
+            for _ in range(args.num_steps):
+                step = envs.look(device)
+                step["actor_hidden"] = hidden["actor"]
+                step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
+                step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
+                step["final"] = torch.max(step["final"], crashed)  # a lost game's step: no sample, the trace ends
+                steps.append(step)
+            steps.append(envs.look(device))  # what the last step's next value is of
+
+            # Time-major: (T, N, n, ...), and one step more of what was seen.
+            rollout = SimpleNamespace(chunk_length=args.chunk_length)
+            for name in steps[0]:
+                setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
+            rollout.sample = rollout.alive[:-1] * (1 - rollout.final[:-1]).unsqueeze(-1)
+            rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
+
+            # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
+            critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
+            values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
+            values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
+            hidden["critic"] = critic_hidden[-1]
+            run.lap("rollout")
+
+            # -------------------------------------------------------------------------------------------- update
+            advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
+            targets = advantages + values[:-1]
+            normalizer.update(targets[rollout.sample.bool()])
+            old_values = normalizer.normalize(values[:-1])
+            run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
+
+            agents = torch.arange(n, device=device)  # all at once
+            for _ in range(args.update_epochs):
+                log_ratio, entropy = policy_change(actor, rollout, agents)
+                # All move at the same time: what counts for i is everyone else.
+                joint_log_ratio = log_ratio.detach().sum(-1)
+                ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
+                preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
+                normalized = normalize_advantages(advantages[..., agents], sample)
+                surrogate = clipped_surrogate(ratio, preceding_ratio, normalized, args.clip_coef)
+                policy_loss = -masked_mean(surrogate, sample)
+                entropy = masked_mean(entropy, sample)
+
+                inputs = critic_inputs[:-1].index_select(2, agents)
+                states = critic_hidden[:-1].index_select(2, agents)
+                new_values = run_chunks(critic, inputs, states, rollout.start[:-1], sample, args.chunk_length)
+                new_values, old = new_values.squeeze(-1), old_values[..., agents]
+                target = normalizer.normalize(targets[..., agents])
+                losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                critic_loss = masked_mean(losses, sample)
+
+                optimizer.zero_grad()
+                (policy_loss - args.ent_coef * entropy + critic_loss).backward()
+                actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                optimizer.step()
+                ratios = ratio_statistics(log_ratio, preceding_ratio, sample, args.clip_coef)
+                run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
+                run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
+            run.lap("update")
+
+            # --------------------------------------------------------------------------------- log, evaluate, save
+            run.log(int((1 - rollout.final[:-1]).sum()), envs.finished())
+            if run.is_due(args.eval_every):
+                run.log_evaluation(evaluate(actor, envs, args.eval_episodes, device))
+            if run.is_due(args.save_every):
+                run.save()
+
+
+# ------------------------------------------------------------------------------------- evaluation, what is logged
+def evaluate(actor, envs, episodes: int, device) -> list[dict[str, float]]:
+    """Greedy episodes from new starts, each with what `Episodes.finished` says of it; then the games as they were.
+
+    Every environment plays a fixed share, so that short episodes are not favoured; crashed ones are played again.
+    """
+    training = envs.get_state()
+    envs.reset()
+    share = np.full(envs.num_envs, episodes // envs.num_envs)
+    share[: episodes % envs.num_envs] += 1
+    hidden = torch.zeros(*envs.action_space.shape, actor.gru.hidden_size, device=device)
+    played = []
+    while (share > 0).any():
+        actions, _, hidden = act(actor, envs.look(device), hidden, greedy=True)
+        envs.play(actions)
+        for episode in envs.finished():
+            if share[episode["env"]] > 0:
+                share[episode["env"]] -= 1
+                played.append(episode)
+    envs.set_state(training)
+    return played
+
+
+def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
+    """Means over episodes, by the names that they are logged under."""
+    returns, lengths = ([e[name] for e in episodes] for name in ("return", "length"))
+    return {"episodic_return": np.mean(returns), "episodic_length": np.mean(lengths)}
+
+
+def explained_variance(advantages, targets, sample):
+    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    advantages, targets = advantages[sample.bool()], targets[sample.bool()]
+    return (1 - advantages.var() / targets.var()).nan_to_num()
+
+
+@torch.no_grad()
+def ratio_statistics(log_ratio, preceding_ratio, sample, clip_coef):
+    """Of the ratios in an update: the mean, the approximate KL divergence, and the shares of what is clipped."""
+    ratio, preceding = log_ratio.exp(), preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+    return {
+        "ratio": masked_mean(ratio, sample),
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, sample),
+        "clipfrac": masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), sample),
+        "preceding_clipfrac": masked_mean((preceding != preceding_ratio).float(), sample),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+EPISODE_STEPS = 25  # PettingZoo's default; episodes end in no other way
+
+
+def observation_space(n: int, obs_dim: int, state_dim: int, n_actions: int) -> gym.spaces.Dict:
+    """What is seen of one game: by the n agents, by the critic, what they may do, and who is alive."""
+    return gym.spaces.Dict(
+        obs=gym.spaces.Box(-np.inf, np.inf, (n, obs_dim), np.float32),
+        state=gym.spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+        action_mask=gym.spaces.MultiBinary((n, n_actions)),
+        alive=gym.spaces.MultiBinary(n),
+    )
+
+
+def navigation_space(n: int) -> gym.spaces.Dict:
+    """Velocity, position, n landmarks, n - 1 others and their messages, two numbers each; the state is all agents' obs.
+
+    Nobody dies, and all of stay, left, right, down and up can always be done.
+    """
+    obs_dim = 4 + 2 * n + 4 * (n - 1)
+    return observation_space(n, obs_dim, n * obs_dim, 5)
+
+
+class JaxMARL(gym.vector.VectorEnv):
+    """JaxMARL's simple_spread: all environments in one jitted, vmapped function, next-step autoreset.
+
+    The same observations, actions and rewards as Navigation below, in single precision and with other random starts.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, n_agents: int, local_ratio: float, num_envs: int, seed: int):
+        import jax
+        import jax.numpy as jnp
+        from jaxmarl.environments.mpe import SimpleSpreadMPE
+
+        # Its landmarks are 3 unless told otherwise, and it ends an episode a step after max_steps.
+        env = SimpleSpreadMPE(n_agents, n_agents, local_ratio, max_steps=EPISODE_STEPS - 1)
+
+        def observe(state):
+            obs = env.get_obs(state)
+            obs = jnp.stack([obs[agent] for agent in env.agents])
+            everything = {"action_mask": jnp.ones((n_agents, 5), jnp.int8), "alive": jnp.ones(n_agents, jnp.int8)}
+            return {"obs": obs, "state": obs.flatten()} | everything
+
+        def reset_one(key):
+            _, state = env.reset(key)
+            return state, observe(state)
+
+        def step_one(key, state, final, action):
+            step_key, reset_key = jax.random.split(key)
+            _, stepped, rewards, dones, _ = env.step_env(step_key, state, dict(zip(env.agents, action, strict=True)))
+            fresh = env.reset(reset_key)[1]
+            state = jax.tree.map(lambda new, old: jnp.where(final, new, old), fresh, stepped)
+            reward = jnp.where(final, 0.0, jnp.stack([rewards[agent] for agent in env.agents]))
+            return state, observe(state), reward, dones["__all__"] & ~final
+
+        def batched(function):
+            """Split the key, map over the environments, and give all results fixed types, so as to compile once."""
+
+            @jax.jit
+            def run(key, *batch):
+                key, subkey = jax.random.split(key)
+                results = jax.vmap(function)(jax.random.split(subkey, num_envs), *batch)
+                return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), (key, *results))
+
+            return run
+
+        self._reset, self._step = batched(reset_one), batched(step_one)
+        self._to_jax, self._tree = jnp.asarray, jax.tree
+        self._key, self._new_key = jax.random.PRNGKey(seed), jax.random.PRNGKey
+        self.num_envs = num_envs
+        self.single_observation_space = navigation_space(n_agents)
+        self.single_action_space = gym.spaces.MultiDiscrete([5] * n_agents)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self._key = self._new_key(seed)
+        self._key, self._state, obs = self._reset(self._key)
+        self._final = np.zeros(self.num_envs, bool)
+        return {name: np.array(value) for name, value in obs.items()}, {}
+
+    def step(self, actions):
+        self._key, self._state, obs, reward, truncated = self._step(
+            self._key, self._state, self._final, np.asarray(actions, np.int32)
+        )
+        self._final = np.array(truncated)
+        obs = {name: np.array(value) for name, value in obs.items()}
+        return obs, np.array(reward), np.zeros(self.num_envs, bool), self._final.copy(), {}
+
+    def get_state(self) -> list[torch.Tensor]:
+        """The whole state of the simulator, for checkpoints and to leave training untouched by an evaluation."""
+        return [torch.from_numpy(np.array(x)) for x in self._tree.leaves((self._key, self._state, self._final))]
+
+    def set_state(self, tensors: list[torch.Tensor]):
+        if not hasattr(self, "_state"):
+            self.reset()
+        structure = self._tree.structure((self._key, self._state, self._final))
+        leaves = [self._to_jax(x.numpy()) for x in tensors]
+        self._key, self._state, self._final = self._tree.unflatten(structure, leaves)
+        self._final = np.asarray(self._final)
+
+
+class Navigation:
+    """mpe2's simple_spread_v3 as one game, for `Games`; always truncated at step 25.
+
+    An agent's reward is the sum over the landmarks of minus the distance of the closest agent, times 1 - local_ratio,
+    minus local_ratio for every agent that it collides with. The world moves without chance, and what an episode begins
+    with follows from seed, build and its number: with the bodies that is the whole state.
+
+    PettingZoo's parallel wrapper and its checks would halve the speed; this is its agent-by-agent interface, in which
+    the world moves when the last agent has acted.
+    """
+
+    def __init__(self, n_agents: int, local_ratio: float, seed: int, build: int = 0):
+        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+        from mpe2.simple_spread_v3 import raw_env
+
+        self.game = raw_env(N=n_agents, local_ratio=local_ratio, max_cycles=EPISODE_STEPS)
+        self.agents = self.game.possible_agents
+        self.seed, self.build, self.episode = seed, build, 0
+        self.observation_space = navigation_space(n_agents)
+        self.action_space = gym.spaces.MultiDiscrete([5] * n_agents)
+        self.everything = {"action_mask": np.ones((n_agents, 5), np.int8), "alive": np.ones(n_agents, np.int8)}
+
+    def reset(self, seed: int | None = None):
+        if seed is not None:
+            self.seed, self.build, self.episode = seed, 0, 0
+        source = np.random.SeedSequence((self.seed, self.build, self.episode))
+        self.game.reset(seed=int(source.generate_state(1, np.uint64)[0]))
+        self.episode += 1
+
+    def step(self, action) -> tuple[list[float], bool, bool, dict]:
+        for choice in action.tolist():
+            self.game.step(choice)
+        return [self.game.rewards[agent] for agent in self.agents], False, self.game.truncations[self.agents[0]], {}
+
+    def observe(self) -> dict[str, np.ndarray]:
+        obs = np.array([self.game.observe(agent) for agent in self.agents])
+        return {"obs": obs, "state": obs.flatten()} | self.everything
+
+    def get_state(self) -> tuple:
+        """Where its episodes come from, steps played, and of each body position and velocity."""
+        bodies = [(body.state.p_pos, body.state.p_vel) for body in self.game.world.entities]
+        return (self.seed, self.build, self.episode), self.game.steps, bodies
+
+    def set_state(self, state: tuple):
+        self.game.reset()
+        (self.seed, self.build, self.episode), self.game.steps, bodies = state
+        for body, (position, velocity) in zip(self.game.world.entities, bodies, strict=True):
+            body.state.p_pos, body.state.p_vel = position, velocity
+
+    def close(self):
+        self.game.close()
+
+
+class Share:
+    """The games of one worker process, which makes them; next-step autoreset.
+
+    Methods return what is seen afterwards, name -> (games, ...), and a list of results.
+    """
+
+    def __init__(self, game, seeds: list[int], build: int):
+        self.games = [game(seed, build) for seed in seeds]
+        self.final = [True] * len(seeds)
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """All games after all steps: a simulator drives what this works with out of the caches."""
+        seen = [game.observe() for game in self.games]
+        return {name: np.stack([one[name] for one in seen]) for name in seen[0]}
+
+    def reset(self, seeds: list):
+        for game, seed in zip(self.games, seeds, strict=True):
+            game.reset(seed)
+        self.final = [False] * len(seeds)
+        return self.observe(), self.final
+
+    def step(self, actions):
+        results = []
+        for k, game in enumerate(self.games):
+            results.append((0.0, False, False, {}) if self.final[k] else game.step(actions[k]))
+            if self.final[k]:
+                game.reset()
+            _, terminated, truncated, _ = results[k]
+            self.final[k] = terminated or truncated
+        return self.observe(), results
+
+    def get_state(self, _):
+        return {}, [pickle.dumps((final, game.get_state())) for final, game in zip(self.final, self.games, strict=True)]
+
+    def set_state(self, states: list[bytes | None]):
+        """If one is of a lost game, all begin anew with the next step."""
+        self.final = [True] * len(states)
+        if None not in states:
+            for k, state in enumerate(states):
+                self.final[k], saved = pickle.loads(state)
+                self.games[k].set_state(saved)
+        return {}, self.final
+
+    def close(self):
+        for game in self.games:
+            game.close()
+
+
+def serve(connection, main_end, *arguments):
+    """A worker process: answers (method, argument) with what a Share's method returns, or with an error's text."""
+    os.setsid()  # a session of its own: Ctrl-C is the main process's task, and whatever a game starts dies with it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
+    main_end.close()  # else the connection would stay open when the main process has died
+    try:
+        share = Share(*arguments)
+        with contextlib.closing(share), contextlib.suppress(EOFError, OSError):
+            for method, argument in iter(connection.recv, None):
+                connection.send(getattr(share, method)(argument))
+    except Exception as error:
+        connection.send(f"failed: {error!r}")
+
+
+class GamesFailed(SystemExit):
+    """Games failed again and again. Not caught, it ends the program with its one line."""
+
+
+class Games(gym.vector.VectorEnv):
+    """Games in worker processes, several in each, with next-step autoreset.
+
+    `game(seed, build)` makes one: observation_space, action_space, reset(seed=None), step(action) -> (reward,
+    terminated, truncated, numbers of an episode that ends), observe(), close(); get_state() and set_state() if it can
+    be saved. Game e has seed + e. But for failures the number of workers changes nothing.
+
+    A worker whose game raises an error, that dies or does not answer for `timeout` seconds is replaced, and `build`
+    counts up, so that other episodes follow. Those of its games are dropped: info["crashed"] (N,) marks the step in
+    which it happened; it ends the episode and is no sample.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, game, num_envs: int, seed: int, num_workers: int, timeout: float):
+        self.game, self.num_envs, self.seed, self.timeout, self.closed = game, num_envs, seed, timeout, False
+        example = game(seed, 0)  # never played
+        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
+        self.observation_space = gym.vector.utils.batch_space(example.observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(example.action_space, num_envs)
+        self.can_be_saved = hasattr(example, "get_state")
+        self.obs = gym.vector.utils.create_empty_array(self.single_observation_space, num_envs)
+        workers = min(num_workers, num_envs)
+        self.shares = [slice(w, num_envs, workers) for w in range(workers)]
+        self.processes, self.connections = [None] * workers, [None] * workers
+        self.builds, self.failures = [0] * workers, [0] * workers  # failures since a whole episode
+        self.lost = [False] * workers  # replaced, which the next step will tell
+        for w in range(workers):
+            self._start(w)
+
+    def _start(self, w: int):
+        self.connections[w], worker_end = multiprocessing.Pipe()
+        seeds = range(self.seed, self.seed + self.num_envs)[self.shares[w]]
+        arguments = (worker_end, self.connections[w], self.game, seeds, self.builds[w])
+        self.processes[w] = multiprocessing.Process(target=serve, args=arguments, daemon=True)
+        self.processes[w].start()
+        worker_end.close()
+        self.builds[w] += 1
+
+    def _stop(self, w: int, patience: float):
+        """Wait `patience` seconds for a worker to leave, then end it, with all that its games have started."""
+        self.connections[w].close()
+        self.processes[w].join(patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[w].pid, signal.SIGKILL)
+        self.processes[w].kill()
+        self.processes[w].join()
+
+    def _replace(self, w: int, reason: str):
+        warnings.warn(f"worker {w} {reason}; the episodes of its games are dropped", stacklevel=2)
+        self.failures[w], self.lost[w] = self.failures[w] + 1, True
+        self._stop(w, patience=0)
+        if self.failures[w] == 3:
+            self.close()
+            raise GamesFailed(f"games failed 3 times without a whole episode; at last a worker {reason}")
+        self._start(w)
+
+    def _ask(self, method: str, inputs):
+        """Call a method of all shares that are not lost; `inputs` has an entry for each environment."""
+        for w, share in enumerate(self.shares):
+            if not self.lost[w]:
+                with contextlib.suppress(OSError):  # it is dead, as its answer will show
+                    self.connections[w].send((method, inputs[share]))
+
+    def _answers(self) -> list:
+        """Their results, an entry for each environment, None of those that are lost; what is seen goes into `obs`."""
+        answers = [None] * self.num_envs
+        for w in [w for w, lost in enumerate(self.lost) if not lost]:
+            answer = f"did not answer for {self.timeout:g} s"
+            try:
+                if self.connections[w].poll(self.timeout):
+                    answer = self.connections[w].recv()
+            except (EOFError, OSError):
+                answer = "died"
+            if isinstance(answer, str):
+                self._replace(w, answer)
+            else:
+                seen, answers[self.shares[w]] = answer
+                for name, value in seen.items():
+                    self.obs[name][self.shares[w]] = value
+        return answers
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = self.seed if seed is None else seed
+        answers = [None]
+        while None in answers:
+            self.lost = [False] * len(self.lost)
+            self._ask("reset", [None if seed is None else seed + e for e in range(self.num_envs)])
+            answers = self._answers()
+        return {name: value.copy() for name, value in self.obs.items()}, {}
+
+    def step(self, actions):
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions):
+        self._ask("step", np.asarray(actions))
+
+    def step_wait(self):
+        answers = self._answers()
+        self.lost = [False] * len(self.lost)
+        crashed = np.array([answer is None for answer in answers])
+        rewards, numbers = np.zeros(self.action_space.shape, np.float32), {}
+        terminated, truncated = np.zeros(self.num_envs, bool), crashed.copy()
+        for e in np.flatnonzero(~crashed):
+            rewards[e], terminated[e], truncated[e], episode = answers[e]
+            if terminated[e] or truncated[e]:
+                self.failures[e % len(self.shares)] = 0
+            for name, value in episode.items():
+                numbers.setdefault(name, np.zeros(self.num_envs, type(value)))[e] = value
+        obs = {name: value.copy() for name, value in self.obs.items()}
+        return obs, rewards, terminated, truncated, {"crashed": crashed, "episode": numbers}
+
+    def get_state(self) -> list[torch.Tensor | None] | None:
+        """All games, for checkpoints and to leave training untouched by an evaluation; None if they cannot be saved.
+
+        They hold pickles: `--resume` no run that you would not run code of.
+        """
+        if self.closed or not self.can_be_saved:
+            return None
+        self._ask("get_state", [None] * self.num_envs)
+        games = self._answers()
+        return [None if game is None else torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in games]
+
+    def set_state(self, state: list[torch.Tensor | None]):
+        """A worker with a game that was lost on the way is lost whole."""
+        games = [None if game is None else game.numpy().tobytes() for game in state]
+        self._ask("set_state", games)
+        self._answers()
+        self.lost = [lost or None in games[share] for lost, share in zip(self.lost, self.shares, strict=True)]
+
+    def close_extras(self, **options):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)  # workers hold copies of each other's pipes: that one is closed shows to nobody
+        for w in range(len(self.shares)):
+            self._stop(w, patience=5)
+
+
+class Episodes(gym.vector.VectorWrapper):
+    """What a rollout has to know of its episodes, with next-step autoreset.
+
+    `start` (N,) is 1 where the last observation is the first of an episode; `final` (N,) where it is the last: then the
+    next action is ignored, and the next step is no sample.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        self.obs = None  # until the first reset
+        self.crashes = 0  # episodes that were dropped because a game was lost
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.start, self.final = np.ones(self.num_envs, np.float32), np.zeros(self.num_envs, np.float32)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs)
+        self.ended = []
+        return self.obs, info
+
+    def look(self, device) -> dict[str, torch.Tensor]:
+        """What is seen now, name -> (N, ...)."""
+        seen = self.obs | {"start": self.start, "final": self.final}
+        return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
+
+    def play(self, actions):
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        return self.record(actions, *self.env.step(actions.cpu().numpy()))
+
+    def record(self, actions, obs, rewards, terminated, truncated, info):
+        crashed, ended = info.get("crashed", np.zeros(self.num_envs, bool)), terminated | truncated
+        self.crashes += int((crashed & (self.final == 0)).sum())
+        self.obs, self.start, self.final = obs, self.final, ended.astype(np.float32)
+        rewards = np.broadcast_to(rewards.reshape(self.num_envs, -1), actions.shape[:2])
+        self.returns = (self.returns + rewards.mean(1)) * (1 - self.start)
+        self.lengths = (self.lengths + 1) * (1 - self.start)
+        for e in np.flatnonzero(ended & ~crashed):
+            numbers = {name: values[e].item() for name, values in info.get("episode", {}).items()}
+            numbers |= {"return": round(float(self.returns[e]), 4), "length": int(self.lengths[e])}
+            self.ended.append({"env": int(e)} | numbers)
+        return [torch.tensor(x, dtype=torch.float32, device=actions.device) for x in (rewards, terminated, crashed)]
+
+    def finished(self) -> list[dict[str, float]]:
+        """The episodes that have ended since the last call: env, return (the agents' mean, undiscounted), length, and
+        the simulator's own numbers."""
+        ended, self.ended = self.ended, []
+        return ended
+
+    def get_state(self) -> dict | None:
+        simulator = None if self.obs is None else self.env.get_state()
+        if simulator is None:
+            return None
+        obs = {name: torch.tensor(value) for name, value in self.obs.items()}
+        episodes = [torch.tensor(x) for x in (self.start, self.final, self.returns, self.lengths)]
+        return {"simulator": simulator, "obs": obs, "episodes": episodes}
+
+    def set_state(self, state: dict | None):
+        """Back to what get_state returned; to new episodes where the simulator cannot be saved."""
+        self.reset()
+        if state is not None:
+            self.env.set_state(state["simulator"])
+            self.obs = {name: value.numpy() for name, value in state["obs"].items()}
+            self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
+
+
+def make_envs(args: Args) -> Episodes:
+    if args.simulator == "jaxmarl":
+        return Episodes(JaxMARL(args.n_agents, args.local_ratio, args.num_envs, args.seed))
+    # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
+    game = functools.partial(Navigation, args.n_agents, args.local_ratio)
+    return Episodes(Games(game, args.num_envs, 1000 * args.seed, args.num_workers, args.worker_timeout))
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+PACKAGES = ("torch", "numpy", "gymnasium", "jaxmarl", "mpe2")  # whose versions are written down
+TASK = ("n_agents",)  # a checkpoint's networks are for these
+GAMES = ("local_ratio", "simulator", "num_envs")  # its saved games are of these, too
+SCORE = "episodic_return"  # what evaluations are about
+RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
+
+
+def task_name(args: Args) -> str:
+    return f"spread-{args.n_agents}-{args.local_ratio:g}-{args.simulator}"
+
+
+def usage_error(option: str, value, allowed: str):
+    """One line that names the option, the value and what is allowed; exit status 2."""
+    print(f"{Path(__file__).name}: error: {option} {value}: {allowed}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_checkpoint(path: Path, option: str) -> dict:
+    """A checkpoint of one of these scripts; anything else is an error in `option`."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"args", "script", "learned"} <= set(checkpoint):
+            raise ValueError("other contents")
+    except FileNotFoundError:
+        usage_error(option, path, "no such file")
+    except Exception:
+        usage_error(option, path, "is not a checkpoint of this script, as it is now")
+    return checkpoint
+
+
+class Run:
+    """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
+
+    It is over after total_timesteps or at the end of the iteration in which Ctrl-C or SIGTERM comes (a second one ends
+    it at once). In any case, and also when its games fail, what was learned is saved.
+    """
+
+    def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):
+        """learned: networks, normalisers, optimisers; hidden: states of GRUs. Both go into checkpoints, by name."""
+        self.args, self.envs, self.device, self.learned, self.hidden = args, envs, device, learned, hidden
+        self.progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
+        self.noted, self.scores, self.stop_signal = {}, {"sampled": math.nan, "greedy": math.nan}, 0
+        self.checkpoint = self.load(*saved_in(args)) if args.resume or args.eval_only else None
+
+    def load(self, path: Path, option: str) -> dict:
+        checkpoint = read_checkpoint(path, option)
+        saved = checkpoint["args"] | {"script": checkpoint["script"]}
+        same = {name: getattr(self.args, name) for name in TASK}
+        if self.args.resume:
+            same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
+        for name, value in same.items():
+            if saved[name] != value:
+                usage_error(option, path, f"is of {name} {saved[name]}, not of {value}")
+        try:
+            for name, part in self.learned.items():
+                if self.args.resume or name in checkpoint["learned"]:
+                    part.load_state_dict(checkpoint["learned"][name])
+        except (KeyError, ValueError, RuntimeError):
+            usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
+        for part in self.learned.values():
+            if isinstance(part, torch.optim.Optimizer):
+                part.param_groups[0]["lr"] = self.args.learning_rate
+        return checkpoint
+
+    def report(self, episodes: list[dict[str, float]]):
+        means = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in summarize(episodes).items())
+        print(f"{len(episodes)} greedy episodes: {means}")
+        self.envs.close()
+
+    def __enter__(self):
+        name = f"{task_name(self.args)}__{Path(__file__).stem}__{self.args.seed}"
+        self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
+        self.evaluations = self.folder / "eval.jsonl"
+        settings = dataclasses.asdict(self.args) | {"resume": ""}
+        config = settings | {"script": Path(__file__).stem, "device": str(self.device)}
+        config["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        print(f"{self.folder}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        if self.args.track:
+            import wandb
+
+            wandb.init(project=self.args.wandb_project, name=self.folder.name, config=config, sync_tensorboard=True)
+        if self.checkpoint:
+            self.go_back()
+            self.writer = SummaryWriter(self.folder, purge_step=self.progress["global_step"] + 1)
+        else:
+            self.envs.reset()
+            self.writer = SummaryWriter(self.folder)
+            self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        total, step = self.args.total_timesteps, self.progress["global_step"]
+        self.bar = tqdm(total=total, initial=step, unit="step", unit_scale=True)
+        self.begin = time.perf_counter() - self.progress["seconds"]
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or kind is GamesFailed:
+            self.save()
+        self.bar.close()
+        self.writer.close()
+        self.envs.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is GamesFailed:
+            sys.exit(f"{error}; go on with --resume {self.folder}")
+        if kind is None and self.stop_signal:
+            print(f"stopped by signal {self.stop_signal}; go on with --resume {self.folder}", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+
+    def ask_to_stop(self, number, frame):
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def go_back(self):
+        """To where the checkpoint was written; evaluations after it will be done again."""
+        self.progress = self.checkpoint["progress"]
+        self.envs.crashes = self.progress["crashes"]
+        torch.set_rng_state(self.checkpoint["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in self.checkpoint:
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+        self.envs.set_state(self.checkpoint["envs"])
+        self.hidden |= {name: states.to(self.device) for name, states in self.checkpoint["hidden"].items()}
+        if self.evaluations.exists():
+            lines = [line for line in self.evaluations.read_text().splitlines() if line.endswith("}")]  # whole ones
+            kept = [line for line in lines if json.loads(line)["step"] <= self.progress["global_step"]]
+            self.evaluations.write_text("".join(f"{line}\n" for line in kept))
+
+    def save(self):
+        """To a temporary file that is then renamed: a crash while writing leaves the last good one."""
+        self.progress["crashes"] = self.envs.crashes
+        contents = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "script": Path(__file__).stem}
+        contents |= {"learned": {name: part.state_dict() for name, part in self.learned.items()}}
+        contents |= {"hidden": self.hidden, "envs": self.envs.get_state(), "progress": self.progress}
+        contents |= {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            contents["cuda_rng"] = torch.cuda.get_rng_state()
+        torch.save(contents, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def goes_on(self) -> bool:
+        """Whether there is another iteration; its time begins."""
+        self.lap_begin, self.seconds = time.perf_counter(), {}
+        return self.progress["global_step"] < self.args.total_timesteps and not self.stop_signal
+
+    def lap(self, name: str):
+        """The seconds since the last call, or the iteration's begin, were for this part of it."""
+        now = time.perf_counter()
+        self.seconds[name], self.lap_begin = now - self.lap_begin, now
+
+    def note(self, group: str, **numbers):
+        """Numbers of which the iteration's mean will be logged, as group/name."""
+        for name, number in numbers.items():
+            self.noted.setdefault(f"{group}/{name}", []).append(torch.as_tensor(number, device=self.device).detach())
+
+    def log(self, steps: int, episodes: list[dict[str, float]]):
+        """An iteration is over: what was noted, the episodes that ended in it, and its speed."""
+        means = torch.stack([torch.stack(values).float().mean() for values in self.noted.values()]).tolist()
+        scalars = dict(zip(self.noted, means, strict=True))
+        if not all(math.isfinite(mean) for mean in means):
+            number = self.progress["iteration"] + 1
+            sys.exit(f"iteration {number}: a loss or gradient is not finite; the last checkpoint is as it was")
+        self.noted, self.steps = {}, steps
+        self.progress["iteration"] += 1
+        self.progress["global_step"] += steps
+        self.progress["seconds"] = time.perf_counter() - self.begin
+        scalars |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        scalars["charts/SPS"] = steps / sum(self.seconds.values())
+        scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/crashes": self.envs.crashes}
+        if episodes:
+            summary = summarize(episodes)
+            self.scores["sampled"] = summary[SCORE]
+            scalars |= {f"charts/{name}": value for name, value in summary.items()}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.progress["global_step"])
+        self.bar.update(steps)
+        scores = ", ".join(f"{kind} {score:.2f}" for kind, score in self.scores.items())
+        self.bar.set_postfix_str(f"SPS {scalars['charts/SPS']:.0f}, {SCORE.replace('_', ' ')}: {scores}")
+
+    def is_due(self, every: int) -> bool:
+        """Whether the iteration passed a multiple of `every` steps, or the end of the run."""
+        before, now = self.progress["global_step"] - self.steps, self.progress["global_step"]
+        return before // every < now // every or now >= self.args.total_timesteps
+
+    def log_evaluation(self, episodes: list[dict[str, float]]):
+        summary = summarize(episodes)
+        self.scores["greedy"] = summary[SCORE]
+        step, seconds = self.progress["global_step"], round(self.progress["seconds"], 2)
+        record = {"step": step, "seconds": seconds, SCORE: summary[SCORE]}
+        record |= {name: [episode[number] for episode in episodes] for name, number in RAW.items()}
+        with self.evaluations.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in summary.items():
+            self.writer.add_scalar(f"eval/{name}", value, step)
+
+
+def new_folder(name: str) -> Path:
+    """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
+    while True:
+        folder = Path("runs") / f"{name}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            time.sleep(0.1)
+
+
+def saved_in(args: Args) -> tuple[Path, str]:
+    """The checkpoint that --resume or --eval-only asks for, and the option to blame if it is no good."""
+    if args.eval_only:
+        if not args.checkpoint or args.resume:
+            usage_error("--eval-only", args.eval_only, "needs --checkpoint FILE, and no --resume")
+        return Path(args.checkpoint), "--checkpoint"
+    if args.checkpoint:
+        usage_error("--checkpoint", args.checkpoint, "is for --eval-only; to go on with a run use --resume RUN_DIR")
+    if args.resume and not Path(args.resume, "checkpoint.pt").is_file():
+        usage_error("--resume", args.resume, "must be a run directory with a checkpoint.pt in it")
+    return Path(args.resume, "checkpoint.pt"), "--resume"
+
+
+def parse_args(argv=None) -> Args:
+    """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
+    args = tyro.cli(Args, args=argv)
+    path, option = saved_in(args)
+    if not (args.resume or args.eval_only):
+        return args
+    try:
+        defaults = Args(**read_checkpoint(path, option)["args"])
+    except TypeError:
+        usage_error(option, path, f"was written by another script than {Path(__file__).name}")
+    return tyro.cli(Args, default=defaults, args=argv)
+
+
+def complete_args(args: Args) -> Args:
+    """Fill in what depends on the task and the machine, and check the options."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    defaults = {"agent_blocks": args.n_agents, "num_workers": cores, "torch_threads": cores}
+    missing = {name: defaults[name] for name, value in vars(args).items() if value is None}
+    args = dataclasses.replace(args, **missing)
+    check_args(args)
+    if args.n_agents < 2:
+        usage_error("--n-agents", args.n_agents, "must be at least 2")
+    if args.local_ratio > 1:
+        usage_error("--local-ratio", args.local_ratio, "must be within 0 and 1")
+    if args.num_steps % args.chunk_length:
+        usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
+    return args
+
+
+def check_args(args: Args):
+    """What holds for all options of a kind."""
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "seed":
+            if not 0 <= value <= 2147483:
+                usage_error(option, value, "must be within 0 and 2147483")
+        elif type(value) is int and value < 1:
+            usage_error(option, value, "must be at least 1")
+        elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
+            usage_error(option, value, "must be within 0 and 1")
+        elif type(value) is float and not 0 <= value < math.inf:
+            usage_error(option, value, "must be a number of at least 0")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,180 @@
+"""benchmark/speed.py: synthetic environments fit the scripts, numbers are put together right. Also speed_grf.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import a2po_grf
+import a2po_mamujoco
+import a2po_mpe
+import a2po_smac
+from benchmark import speed, speed_grf
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*_*.py"))
+
+
+def only_line(capsys) -> str:
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def real_spaces(benchmark):
+    """Of the observations and actions of the benchmark's typical task."""
+    if benchmark == "mpe":
+        return a2po_mpe.navigation_space(3), gym.spaces.MultiDiscrete([5] * 3)
+    if benchmark == "grf":
+        envs = a2po_grf.Football("5_vs_5", dict.fromkeys(a2po_grf.Reward.TERMS, 1.0), seed=1)
+        return envs.observation_space, envs.action_space
+    if benchmark == "smac":
+        pytest.importorskip("jaxmarl", reason="needs SMAX")
+        envs = a2po_smac.SMAX("3s5z", 1, 1)
+    else:
+        pytest.importorskip("envpool", reason="needs EnvPool")
+        envs = a2po_mamujoco.MaMuJoCo("Ant", "4x2", "v5", 1, 1, 1)
+    return envs.single_observation_space, envs.single_action_space
+
+
+def sizes(space):
+    """All of a space but for the bounds of its numbers."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: sizes(part) for name, part in space.items()}
+    return (space.shape, space.dtype) if isinstance(space, gym.spaces.Box) else space
+
+
+@pytest.mark.parametrize("benchmark", speed.TYPICAL)
+def test_synthetic_spaces_are_the_real_ones(benchmark):
+    spaces = speed.spaces(**speed.complete_shape(benchmark, {}))
+    assert [sizes(space) for space in spaces] == [sizes(space) for space in real_spaces(benchmark)]
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("benchmark", speed.TYPICAL)
+def test_synthetic_environments_play(benchmark, n):
+    rewards = (n,) if benchmark == "mpe" else ()
+    envs = speed.Synthetic(*speed.spaces(**speed.complete_shape(benchmark, {"n": n})), 4, rewards, ["won"])
+    first, _ = envs.reset(seed=1)
+    last, ended = np.zeros(4, bool), [0, 0]
+    for _ in range(601):
+        obs, reward, terminated, truncated, info = envs.step(envs.action_space.sample())
+        assert envs.observation_space.contains(obs)
+        assert reward.shape == (4, *rewards)
+        done = terminated | truncated
+        assert not (terminated & truncated).any() and not (last & done).any()  # a new episode has a step at least
+        last, ended = done, [ended[0] + terminated.sum(), ended[1] + truncated.sum()]
+    assert min(ended) > 5 and 20 < sum(ended) < 80  # 40 expected
+    assert envs.single_action_space.shape[0] == n
+    assert not np.array_equal(obs["obs"], first["obs"]) and not info["episode"]["won"].any()
+    if benchmark != "mamujoco":
+        assert obs["action_mask"][..., 0].all() and obs["alive"].all() and 0 < obs["action_mask"].mean() < 1
+
+
+def job(script, **changes):
+    common = {"real": False, "num_envs": 2, "num_steps": 10, "threads": 1, "iterations": 2, "warmup": 1, "seconds": 60}
+    return common | {"script": script, "options": {"update_epochs": "2"}, "shape": {"n": 3}} | changes
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_measurement_reads_the_times_of_a_run(script, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, script, raising=False)  # it changes the script
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+    result = speed.measure(job(script, shape={"n": 2}, options={"update_epochs": "2", "reward_win": "3"}))
+    assert {len(result[name]) for name in speed.TAGS} == {2} and min(result["rollout"] + result["update"]) > 0
+    for rate, *parts in zip(result["steps_per_second"], result["rollout"], result["update"], strict=True):
+        assert 15 < rate * sum(parts) < 20.5  # 20 steps less the filler ones
+    settings = result["settings"]
+    assert {"update_epochs": 2, "num_steps": 10}.items() <= settings.items()
+    assert settings.get("agent_blocks", 2) == 2 and settings.get("reward_win", 3) == 3
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_a_measurement_is_a_process_of_its_own():
+    result = speed.run_measurement(job("a2po_mpe"))
+    assert len(result["update"]) == 2 and 50 < result["peak_memory_mib"] < 5000
+
+
+def test_a_script_that_fails_is_told_in_one_line():
+    with pytest.raises(speed.Failed) as failure:
+        speed.run_measurement(job("a2po_mpe", options={"gamma": "3"}))
+    message, status = failure.value.args
+    assert status == 2 and "--gamma 3.0: must be within 0 and 1" in message and "\n" not in message
+
+
+def measured(rollout, update, memory):
+    rates = [1000.0] * len(rollout)
+    return {"rollout": rollout, "update": update, "steps_per_second": rates, "peak_memory_mib": memory, "settings": {}}
+
+
+def test_medians_and_ratios():
+    turns = {
+        "one": [measured([1, 2, 3], [1, 1, 1], 100), measured([1, 2, 9], [2, 2, 2], 120)],
+        "two": [measured([2, 2, 2], [5, 5, 5], 300), measured([2, 2, 2], [10, 10, 10], 200)],
+    }
+    rows = speed.summarize(turns)
+    one, two = rows["one"], rows["two"]
+    assert (one["rollout"], one["update"], one["peak_memory_mib"]) == (2, 1.5, 120)
+    assert one["iteration"] == 3.5  # of 2 3 4 and 3 4 11
+    assert one["ratio"] == 1 and one["ratio_by_turn"] == [1, 1]
+    assert one["iteration_by_turn"] == [3, 4] and two["iteration_by_turn"] == [7, 12]
+    assert two["ratio"] == 9.5 / 3.5 and two["ratio_by_turn"] == [7 / 3, 3]
+    assert (two["rollout_ratio"], two["update_ratio"]) == (2 / 3.5, 7.5 / 3.5)
+
+
+def test_scripts_take_turns_and_the_tables_are_written(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def pretend(job):
+        asked.append((job["script"], job["shape"]["n"]))
+        factor = job["shape"]["n"] * (2 if job["script"] == "a2po_smac" else 1)
+        config = {"device": "cpu", "versions": {}, "num_steps": 50, "num_envs": 16}
+        return measured([0.5 * factor], [1.0 * factor], 100 * factor) | {"settings": config}
+
+    monkeypatch.setattr(speed, "run_measurement", pretend)
+    scripts = ("mappo_smac", "a2po_smac")
+    speed.main(speed.Args(tmp_path / "new" / "out", scripts, sweep="agents", agents=(2, 27), turns=2))
+    assert asked == [(script, n) for n in (2, 27) for _ in range(2) for script in scripts]
+    result = json.loads((tmp_path / "new" / "out" / "speed.json").read_text())
+    assert [point["scripts"]["a2po_smac"]["ratio"] for point in result["points"]] == [2, 2]
+    text = (tmp_path / "new" / "out" / "speed.md").read_text()
+    assert "| a2po_smac | 2.000 | 4.000 | 6.000 | 2.00 (0.67 + 1.33) | 2.00 to 2.00 | 1000 | 400 |" in text
+    assert "| 27 | 40.500 (27.000) | 81.000 (54.000) | 2700 | 5400 |" in text
+    assert text.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scripts": ("ppo_smac",)}, "--scripts ppo_smac: must be one of a2po_grf, "),
+        ({"scripts": ()}, "--scripts: needs at least one"),
+        ({"scripts": ("a2po_smac", "a2po_smac")}, "each once"),
+        ({"turns": 0}, "--turns 0: must be at least 1"),
+        ({"warmup": -1}, "--warmup -1: must be at least 0"),
+        ({"agents": (3, 0)}, "--agents 0: must be at least 1"),
+        ({"seconds": 0.0}, "--seconds 0.0: must be above 0"),
+        ({"sweep": "length", "lengths": ()}, "--sweep length: needs values"),
+        ({"real": True, "n_agents": 3}, "--n-agents: is for synthetic data"),
+        ({"real": True, "sweep": "agents"}, "--sweep agents: is for synthetic data"),
+        ({"options": ("epochs",)}, "--options epochs: must be NAME=VALUE"),
+        ({"options": ("epochs=3",)}, "--options epochs=3: none of the scripts has epochs"),
+        ({"out": Path(__file__)}, "--out "),
+    ],
+)
+def test_speed_bad_input(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        speed.main(speed.Args(**{"out": tmp_path} | options))
+    assert end.value.code == 2 and message in only_line(capsys)
+
+
+# ------------------------------------------------------------------------------------------------------ speed_grf.py
+@pytest.mark.parametrize(
+    "options", ["--num-envs 0", "--processes 0", "--turns 0", "--seconds 0", "--out nowhere/x.json"]
+)
+def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed_grf.check_args(speed_grf.tyro.cli(speed_grf.Args, args=options.split()))
+    assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
