@@ -613,17 +613,18 @@ class Episodes(gym.vector.VectorWrapper):
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):
-        crashed, ended = info.get("crashed", np.zeros(self.num_envs, bool)), terminated | truncated
-        self.crashes += int((crashed & (self.final == 0)).sum())
+        ended, crashed = terminated | truncated, info.get("crashed", np.zeros(self.num_envs, bool))
+        self.crashes += np.count_nonzero(crashed & (self.final == 0))
         self.obs, self.start, self.final = obs, self.final, ended.astype(np.float32)
-        rewards = np.broadcast_to(rewards.reshape(self.num_envs, -1), actions.shape[:2])
+        rewards = rewards.reshape(self.num_envs, -1)  # the team's or every agent's
         self.returns = (self.returns + rewards.mean(1)) * (1 - self.start)
         self.lengths = (self.lengths + 1) * (1 - self.start)
         for e in np.flatnonzero(ended & ~crashed):
             numbers = {name: values[e].item() for name, values in info.get("episode", {}).items()}
             numbers |= {"return": round(float(self.returns[e]), 4), "length": int(self.lengths[e])}
             self.ended.append({"env": int(e)} | numbers)
-        return [torch.tensor(x, dtype=torch.float32, device=actions.device) for x in (rewards, terminated, crashed)]
+        tensors = [torch.as_tensor(x, device=actions.device).float() for x in (rewards, terminated, crashed)]
+        return tensors[0].expand(actions.shape[:2]), *tensors[1:]
 
     def finished(self) -> list[dict[str, float]]:
         """The episodes that have ended since the last call: env, return (the agents' mean, undiscounted), length, and

@@ -72,11 +72,11 @@ def test_acting():
     assert actions.shape == log_probs.shape == greedy.shape == (4000, 3, 2)
     for i, actor in enumerate(actors):
         mean, std = actor(obs)
-        torch.testing.assert_close(greedy[:, i], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(greedy[:, i], mean, rtol=1e-3, atol=1e-3)
         noise = ((actions[:, i] - mean) / std).double()
         assert noise.mean(0).abs().max() < 0.1 and (noise.std(0) - 1).abs().max() < 0.05
         expected = -noise.square() / 2 - std.double().log() - math.log(2 * math.pi) / 2
-        torch.testing.assert_close(log_probs[:, i].double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, i].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def density(mean, std, action, joints):
