@@ -614,7 +614,7 @@ class Episodes(gym.vector.VectorWrapper):
 
     def record(self, actions, obs, rewards, terminated, truncated, info):
         ended, crashed = terminated | truncated, info.get("crashed", np.zeros(self.num_envs, bool))
-        self.crashes += np.count_nonzero(crashed & (self.final == 0))
+        self.crashes += int(np.count_nonzero(crashed & (self.final == 0)))
         self.obs, self.start, self.final = obs, self.final, ended.astype(np.float32)
         rewards = rewards.reshape(self.num_envs, -1)  # the team's or every agent's
         self.returns = (self.returns + rewards.mean(1)) * (1 - self.start)
