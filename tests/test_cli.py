@@ -53,6 +53,8 @@ def test_wrong_options(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if hasattr(script, "find_starcraft2"):
         monkeypatch.setattr(script, "find_starcraft2", lambda: (False, "the Python package smacv2 is not installed"))
+    if hasattr(script, "find_football"):
+        monkeypatch.setattr(script, "find_football", lambda: True)
     monkeypatch.setattr(script, "make_envs", lambda *_: pytest.fail("came as far as the environments"))
     tried = 0
     for command in ANYWHERE:

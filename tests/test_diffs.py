@@ -50,7 +50,7 @@ BUDGETS = {
     "a2po_smac": (490, 1340),
     "a2po_mpe": (475, 1225),
     "a2po_mamujoco": (465, 940),
-    "a2po_grf": (515, 1660),
+    "a2po_grf": (515, 1665),
 }
 
 
