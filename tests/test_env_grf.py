@@ -579,7 +579,7 @@ def step(envs, *actions):
     return obs["obs"][:, 0, :].tolist(), reward[:, 0].tolist(), terminated.tolist(), truncated.tolist(), info
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:worker")
 def test_next_step_autoreset(games):
     envs = games()
     obs, _ = envs.reset()
