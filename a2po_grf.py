@@ -462,8 +462,8 @@ def main(args: Args):
                             rewards[..., agents], values[..., agents], terminated, done, joint_ratio, gamma, gae_lambda
                         )
                         targets = advantages + values[:-1, :, agents]
-                        normalized = normalize_advantages(advantages, sample)
-                        target, old = normalizer.normalize(targets), old_values[..., agents]
+                        normalized_advantages = normalize_advantages(advantages, sample)
+                        normalized_targets, old = normalizer.normalize(targets), old_values[..., agents]
 
                         for _ in range(epochs):
                             # Eq. (6) with the clip of this position. The preceding agents are those of the blocks
@@ -473,7 +473,7 @@ def main(args: Args):
                             if shared:
                                 preceding_log_ratio = preceding_log_ratio - log_ratio.detach()
                             preceding_ratio = preceding_log_ratio.clamp(-20, 20).exp()
-                            surrogate = clipped_surrogate(ratio, preceding_ratio, normalized, eps_k)
+                            surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, eps_k)
                             policy_loss = -masked_mean(surrogate, sample)
                             entropy = masked_mean(entropy, sample)
 
@@ -482,7 +482,7 @@ def main(args: Args):
                             start = rollout.start[:-1]
                             new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length)
                             new_values = new_values.squeeze(-1)
-                            losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                            losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                             critic_loss = masked_mean(losses, sample)
 
                             optimizer.zero_grad()
@@ -545,9 +545,9 @@ def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
 
 
 def explained_variance(advantages, targets, sample):
-    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
     advantages, targets = advantages[sample.bool()], targets[sample.bool()]
-    return (1 - advantages.var() / targets.var()).nan_to_num()
+    return (1 - advantages.var() / targets.var()).nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -1652,6 +1652,8 @@ def check_args(args: Args):
             usage_error(option, value, "must be at least 1")
         elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
+        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+            usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:

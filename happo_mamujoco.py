@@ -381,14 +381,14 @@ def main(args: Args):
                         log_ratios, entropy = policy_change(actors[i], rollout, i)
                         ratio = action_ratio(log_ratios, has_joint[i], args.action_ratio)
                         sample = rollout.sample[..., i]
-                        normalized = normalize_advantages(advantages[..., i], sample)
-                        surrogate = clipped_surrogate(ratio, preceding_ratio, normalized, args.clip_coef)
+                        normalized_advantages = normalize_advantages(advantages[..., i], sample)
+                        surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, args.clip_coef)
                         policy_loss = -masked_mean(surrogate, sample)
                         entropy = masked_mean(entropy, sample)
 
                         new_values, old = critics[i](rollout.obs[:-1]).squeeze(-1), old_values[..., i]
-                        target = normalizer.normalize(targets[..., i])
-                        losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                        normalized_targets = normalizer.normalize(targets[..., i])
+                        losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                         critic_loss = masked_mean(losses, sample)
 
                         optimizer.zero_grad()
@@ -437,9 +437,9 @@ def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
 
 
 def explained_variance(advantages, targets, sample):
-    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
     advantages, targets = advantages[sample.bool()], targets[sample.bool()]
-    return (1 - advantages.var() / targets.var()).nan_to_num()
+    return (1 - advantages.var() / targets.var()).nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -880,6 +880,8 @@ def check_args(args: Args):
             usage_error(option, value, "must be at least 1")
         elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
+        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+            usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:

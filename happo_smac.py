@@ -404,16 +404,17 @@ def main(args: Args):
             for _ in range(math.ceil(args.update_epochs / len(blocks))):
                 for agents in blocks:
                     # Parameters are shared: every update moves all policies, so everyone's ratio is needed anew.
+                    others = order[~torch.isin(order, agents)]
                     log_ratio, entropy = policy_change(actor, rollout, agents)
                     with torch.no_grad():
-                        others_log_ratio, _ = policy_change(actor, rollout, order[~torch.isin(order, agents)])
+                        others_log_ratio, _ = policy_change(actor, rollout, others)
                     joint_log_ratio = log_ratio.detach().sum(-1) + others_log_ratio.sum(-1)
 
                     # The preceding agents are everyone but i.
                     ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
                     preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
-                    normalized = normalize_advantages(advantages[..., agents], sample)
-                    surrogate = clipped_surrogate(ratio, preceding_ratio, normalized, args.clip_coef)
+                    normalized_advantages = normalize_advantages(advantages[..., agents], sample)
+                    surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, args.clip_coef)
                     policy_loss = -masked_mean(surrogate, sample)
                     entropy = masked_mean(entropy, sample)
 
@@ -421,8 +422,8 @@ def main(args: Args):
                     states = critic_hidden[:-1].index_select(2, agents)
                     new_values = run_chunks(critic, inputs, states, rollout.start[:-1], sample, args.chunk_length)
                     new_values, old = new_values.squeeze(-1), old_values[..., agents]
-                    target = normalizer.normalize(targets[..., agents])
-                    losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                    normalized_targets = normalizer.normalize(targets[..., agents])
+                    losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                     critic_loss = masked_mean(losses, sample)
 
                     optimizer.zero_grad()
@@ -474,9 +475,9 @@ def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
 
 
 def explained_variance(advantages, targets, sample):
-    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
     advantages, targets = advantages[sample.bool()], targets[sample.bool()]
-    return (1 - advantages.var() / targets.var()).nan_to_num()
+    return (1 - advantages.var() / targets.var()).nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -649,8 +650,6 @@ class SMAX(gym.vector.VectorEnv):
         return [torch.from_numpy(np.array(x)) for x in self._tree.leaves((self._key, self._state, self._final))]
 
     def set_state(self, tensors: list[torch.Tensor]):
-        if not hasattr(self, "_state"):
-            self.reset()
         structure = self._tree.structure((self._key, self._state, self._final))
         leaves = [self._to_jax(x.numpy()) for x in tensors]
         self._key, self._state, self._final = self._tree.unflatten(structure, leaves)
@@ -1266,6 +1265,9 @@ def complete_args(args: Args) -> Args:
         "num_workers": num_envs,
         "torch_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+    generated = re.fullmatch(SMACV2_MAP, args.map)
+    if generated:
+        defaults["agent_blocks"] = min(defaults["agent_blocks"], int(generated[2]))
     missing = {name: defaults[name] for name, value in vars(args).items() if value is None}
     recurrent = args.recurrent and args.map not in NOT_RECURRENT
     args = dataclasses.replace(args, simulator=simulator, recurrent=recurrent, **missing)
@@ -1286,6 +1288,8 @@ def check_args(args: Args):
             usage_error(option, value, "must be at least 1")
         elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
+        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+            usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:

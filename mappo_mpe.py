@@ -371,8 +371,8 @@ def main(args: Args):
             for _ in range(args.update_epochs):
                 log_ratio, entropy = policy_change(actor, rollout, agents)
                 ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
-                normalized = normalize_advantages(advantages[..., agents], sample)
-                surrogate = clipped_surrogate(ratio, normalized, args.clip_coef)
+                normalized_advantages = normalize_advantages(advantages[..., agents], sample)
+                surrogate = clipped_surrogate(ratio, normalized_advantages, args.clip_coef)
                 policy_loss = -masked_mean(surrogate, sample)
                 entropy = masked_mean(entropy, sample)
 
@@ -380,8 +380,8 @@ def main(args: Args):
                 states = critic_hidden[:-1].index_select(2, agents)
                 new_values = run_chunks(critic, inputs, states, rollout.start[:-1], sample, args.chunk_length)
                 new_values, old = new_values.squeeze(-1), old_values[..., agents]
-                target = normalizer.normalize(targets[..., agents])
-                losses = value_loss(new_values, old, target, args.clip_coef, args.huber_delta)
+                normalized_targets = normalizer.normalize(targets[..., agents])
+                losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                 critic_loss = masked_mean(losses, sample)
 
                 optimizer.zero_grad()
@@ -432,9 +432,9 @@ def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
 
 
 def explained_variance(advantages, targets, sample):
-    """1 - Var(target - value) / Var(target); 0 where a single target leaves no variance."""
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
     advantages, targets = advantages[sample.bool()], targets[sample.bool()]
-    return (1 - advantages.var() / targets.var()).nan_to_num()
+    return (1 - advantages.var() / targets.var()).nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -546,8 +546,6 @@ class JaxMARL(gym.vector.VectorEnv):
         return [torch.from_numpy(np.array(x)) for x in self._tree.leaves((self._key, self._state, self._final))]
 
     def set_state(self, tensors: list[torch.Tensor]):
-        if not hasattr(self, "_state"):
-            self.reset()
         structure = self._tree.structure((self._key, self._state, self._final))
         leaves = [self._to_jax(x.numpy()) for x in tensors]
         self._key, self._state, self._final = self._tree.unflatten(structure, leaves)
@@ -1145,6 +1143,8 @@ def check_args(args: Args):
             usage_error(option, value, "must be at least 1")
         elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
+        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+            usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if args.track and importlib.util.find_spec("wandb") is None:

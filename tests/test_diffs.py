@@ -47,7 +47,7 @@ SECTIONS += ["environments", "the run"]
 STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
-    "a2po_smac": (490, 1340),
+    "a2po_smac": (490, 1345),
     "a2po_mpe": (475, 1225),
     "a2po_mamujoco": (465, 940),
     "a2po_grf": (515, 1665),
