@@ -636,7 +636,9 @@ def test_explained_variance(module):
     sample = torch.tensor([1.0, 1.0, 1.0, 0.0])
     explained = module.explained_variance(targets - values, targets, sample)
     assert explained.item() == pytest.approx(1 - 1 / 4)
-    assert module.explained_variance(targets - values, targets, 0 * sample) == 0
+    constant = torch.full((4,), 3.0)
+    assert module.explained_variance(constant - values, constant, sample) == 0
+    assert module.explained_variance(0 * constant, constant, sample) == 0
 
 
 # ---------------------------------------------------------------- chunks of the rollout for recurrent networks
