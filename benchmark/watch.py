@@ -5,9 +5,12 @@
     python benchmark/watch.py --checkpoint benchmark/policies/<policy>.pt --out watch.gif
 
 SMAX: the team in blue, the enemy in red, lines for shots; a disc has the unit's size and is filled as high as it has
-health. MPE: agents in blue, landmarks black or, covered, green (a checkpoint from JaxMARL's double plays mpe2 here).
-MuJoCo: a camera goes with the robot; without a display this needs EGL (`apt-get install -y libegl1 libgl1-mesa-dri`,
-no GPU), or OSMesa (`libosmesa6`) with MUJOCO_GL=osmesa. StarCraft II and Football are not drawn.
+health. MPE: agents in blue, landmarks black or, covered, green; all begin in the grey square (a checkpoint from
+JaxMARL's double plays mpe2 here). MuJoCo: a camera goes with the robot; without a display this needs EGL (`apt-get
+install -y libegl1 libgl1-mesa-dri`, no GPU), or OSMesa (`libosmesa6`) with MUJOCO_GL=osmesa. Football, from above: the
+team in blue, the opponent in red, goalkeepers as rings, who has the ball in a yellow one; lines lead to where players
+will be in half a second, and from where the ball was a second ago; it is as far above its shadow as above the grass.
+StarCraft II is not drawn.
 """
 
 import ctypes.util
@@ -38,11 +41,11 @@ class Args:
     seed: int = 1
     """seed of the episodes"""
     fps: int | None = None
-    """pictures a second; by default 10 steps for SMAX, 5 for MPE, the robot's own time for MuJoCo"""
+    """pictures a second; by default 10 steps for SMAX and Football, 5 for MPE, the robot's own time for MuJoCo"""
     every: int | None = None
     """steps from one picture to the next; by default 1, or what makes some 25 pictures a second for MuJoCo"""
     max_frames: int = 200
-    """pictures after which it ends"""
+    """pictures after which it ends; a match of Football has 3,000 steps"""
     width: int = 320
     """of the pictures in pixels"""
     max_kib: int = 950
@@ -59,12 +62,21 @@ def fail(option: str, value, message: str):
 # For each benchmark a function of the imported script, the checkpoint and the arguments, which sets up the game and
 # returns the number of steps in a second of it, and a generator that plays: for each step it gives a function that
 # draws the picture, called at once or not at all.
+def actor_networks(checkpoint: dict) -> tuple[int, dict]:
+    """How many networks a recurrent actor has, 0 if it is one and no list of them; and the weights of the first one."""
+    weights = checkpoint["learned"]["actor"]
+    number = len({name.partition(".")[0] for name in weights if name[0].isdigit()})
+    return number, {name.removeprefix("0."): value for name, value in weights.items()} if number else weights
+
+
 def recurrent_policy(script, checkpoint: dict):
     """The greedy policy of a recurrent actor as a function of obs (n, obs_dim), masks (n, n_actions), and start."""
-    settings, weights = checkpoint["args"], checkpoint["learned"]["actor"]
-    inputs, n_actions = len(weights["base.0.weight"]), len(weights["head.1.bias"])
-    actor = script.RecurrentNetwork(inputs, n_actions, settings["hidden_size"], 0.01, settings["recurrent"])
-    actor.load_state_dict(weights)
+    settings = checkpoint["args"]
+    number, first = actor_networks(checkpoint)
+    sizes = len(first["base.0.weight"]), len(first["head.1.bias"]), settings["hidden_size"]
+    networks = [script.RecurrentNetwork(*sizes, 0.01, settings.get("recurrent", True)) for _ in range(max(1, number))]
+    actor = torch.nn.ModuleList(networks) if number else networks[0]
+    actor.load_state_dict(checkpoint["learned"]["actor"])
     hidden = None
 
     def act(obs, masks, start):
@@ -145,44 +157,183 @@ def watch_smac(script, checkpoint: dict, args: Args):
     return 10, play()
 
 
+def navigation_picture(agents, landmarks, reach: float, size: float, width: int) -> np.ndarray:
+    """Agents (n, 2) of radius `size` and landmarks (m, 2), both seen from -reach to reach; (width, width, 3)."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (2 * width, 2 * width), "white")  # twice the size, for smooth edges
+    canvas, scale = ImageDraw.Draw(image), width / reach
+
+    def box(place, radius):
+        (x, y), r = width + scale * np.multiply(place, [1, -1]), scale * radius
+        return x - r, y - r, x + r, y + r
+
+    canvas.rectangle(box((0, 0), 1), outline="lightgrey", width=3)
+    for place in agents:
+        canvas.ellipse(box(place, size), fill="lightsteelblue", outline="royalblue", width=4)
+    for place in landmarks:
+        covered = np.linalg.norm(np.subtract(agents, place), axis=1).min() < size
+        canvas.ellipse(box(place, 0.05), fill="seagreen" if covered else "black")
+    return np.asarray(image.resize((width, width), Image.Resampling.LANCZOS))
+
+
 def watch_mpe(script, checkpoint: dict, args: Args):
     """mpe2's game, drawn here: its own picture zooms to and fro and cuts off what lies at its edge."""
     needs("mpe2", "../requirements.txt", args)
-    from PIL import Image, ImageDraw
-
     settings = checkpoint["args"]
     game = script.Navigation(settings["n_agents"], settings["local_ratio"], args.seed)
     act, world = recurrent_policy(script, checkpoint), game.game.world
 
-    def draw():
-        agents, landmarks = ([x.state.p_pos for x in group] for group in (world.agents, world.landmarks))
-        image = Image.new("RGB", (2 * args.width, 2 * args.width), "white")
-        canvas, scale = ImageDraw.Draw(image), args.width / 1.5  # everything starts within -1 and 1
-
-        def disc(place, radius, **colors):
-            (x, y), r = args.width + scale * place * [1, -1], scale * radius
-            canvas.ellipse((x - r, y - r, x + r, y + r), **colors)
-
-        for body, place in zip(world.agents, agents, strict=True):
-            disc(place, body.size, fill="lightsteelblue", outline="royalblue", width=3)
-        for place in landmarks:
-            covered = min(np.linalg.norm(place - other) for other in agents) < world.agents[0].size
-            disc(place, 0.05, fill="seagreen" if covered else "black")
-        return np.asarray(image.resize((args.width, args.width), Image.Resampling.LANCZOS))
+    def look():
+        return [np.array([body.state.p_pos for body in group]) for group in (world.agents, world.landmarks)]
 
     def play():
+        seen = []
         for episode in range(args.episodes):
             game.reset()
             steps, total, done = 0, 0.0, False
-            yield draw
+            seen.append(look())
             while not done:
-                seen = game.observe()
-                rewards, terminated, truncated, _ = game.step(act(seen["obs"], seen["action_mask"], start=steps == 0))
+                view = game.observe()
+                rewards, terminated, truncated, _ = game.step(act(view["obs"], view["action_mask"], start=steps == 0))
                 steps, total, done = steps + 1, total + np.mean(rewards), terminated or truncated
-                yield draw
+                seen += [look()] * (5 if done else 1)  # a second to see the end
             tell(f"episode {episode + 1}: return {total:.3f} (per agent)")
+        # One view for all pictures: the square in which all begin, and wherever they go.
+        size = world.agents[0].size
+        reach = 1.05 * (size + max(1.0, *(np.abs(np.concatenate(places)).max() for places in seen)))
+        for agents, landmarks in seen:
+            yield partial(navigation_picture, agents, landmarks, reach, size, args.width)
 
     return 5, play()
+
+
+# Of Football's pitch, in metres as in the engine's gamedefines.hpp: half its length and width, half of what is drawn,
+# and what a unit of the raw observation is.
+PITCH, FIELD, METRES = np.array([55.0, 36.0]), np.array([60.0, 40.0]), np.array([54.4, 83.6])
+GOAL_DEPTH, HALF_GOAL = 2.55, 3.7
+GAME_MODES = ("", "kick-off", "goal kick", "free kick", "corner", "throw-in", "penalty")
+
+
+def football_picture(raw: dict, width: int, step: int = 0, note: str = "", trail=()) -> np.ndarray:
+    """gfootball's raw observation from above, (height, width, 3): a line of text, and 120 x 80 m of grass.
+
+    trail: places (x, y, z) of the ball before, as in the raw observation.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    head, field = width // 14, round(width * FIELD[1] / FIELD[0])
+    image = Image.new("RGB", (2 * width, 2 * (head + field)), "#a3c98b")  # twice the size, for smooth edges
+    canvas, scale = ImageDraw.Draw(image), width / FIELD[0]
+    canvas.rectangle((0, 0, 2 * width, 2 * head), "white")
+    middle, font = (width, head), ImageFont.load_default(size=1.5 * head)
+    canvas.text(middle, ":", "black", font=font, anchor="mm")
+    for sign, goals, anchor, color in zip((-1, 1), raw["score"], "rl", ("royalblue", "firebrick"), strict=True):
+        canvas.text((width + sign * head / 2, head), str(goals), color, font=font, anchor=f"{anchor}m")
+    canvas.text((head / 2, head), f"step {step}", "black", font=font, anchor="lm")
+    canvas.text((2 * width - head / 2, head), note, "black", font=font, anchor="rm")
+
+    center = np.array([width, 2 * head + field])
+
+    def at(place, height=0.0):
+        """Pixels of a place in metres; what is above the grass is further up, but not out of the picture."""
+        x, y = center + scale * np.asarray(place)
+        return x, max(y - scale * height, 1.5 * scale)
+
+    def around(place, radius, height=0.0):
+        (x, y), r = at(place, height), scale * radius
+        return x - r, y - r, x + r, y + r
+
+    def rectangle(x, y, **colors):
+        canvas.rectangle((*at((min(x), -y)), *at((max(x), y))), **colors)
+
+    thin, thick = max(1, width // 120), max(2, width // 50)
+    lines = {"outline": "white", "width": thin}
+    length, half = PITCH
+    rectangle((-length, length), half, **lines)
+    canvas.line((at((0, -half)), at((0, half))), "white", thin)
+    canvas.ellipse(around((0, 0), 9.15), **lines)
+    for side, arc in ((-1, 0), (1, 180)):
+        rectangle((side * length, side * (length - 16.5)), 20.16, **lines)
+        rectangle((side * length, side * (length - 5.5)), 9.16, **lines)
+        canvas.ellipse(around((side * (length - 11), 0), 0.4), "white")
+        canvas.arc(around((side * (length - 11), 0), 9.15), arc - 53, arc + 53, "white", thin)
+        rectangle((side * length, side * (length + GOAL_DEPTH)), HALF_GOAL, fill="white", outline="dimgrey", width=3)
+
+    agents, owner = set(raw["left_agent_controlled_player"]), (raw["ball_owned_team"], raw["ball_owned_player"])
+    teams = (("left", "royalblue", "cornflowerblue"), ("right", "firebrick", ""))
+    players = [(side, player) for side in (0, 1) for player in np.flatnonzero(raw[f"{teams[side][0]}_team_active"])]
+    for side, player in sorted(players, key=lambda one: one == owner):  # who has the ball is above all others
+        name, strong, pale = teams[side]
+        place, moving = (raw[f"{name}_{what}"][player] * METRES for what in ("team", "team_direction"))
+        canvas.line((at(place), at(place + 5 * moving)), strong, thick)  # a step is 0.1 s
+        if (side, player) == owner:
+            canvas.ellipse(around(place, 3.4), "yellow", "black", 2)
+        keeper = raw[f"{name}_team_roles"][player] == 0
+        fill = "white" if keeper else pale if side == 0 and player not in agents else strong
+        canvas.ellipse(around(place, 2.2), fill, strong, thick if keeper else 2)
+
+    path = [at(place[:2] * METRES, place[2]) for place in (*trail, raw["ball"])]
+    canvas.line(path, "black", 2)
+    (*place, height) = raw["ball"]
+    canvas.ellipse(around(place * METRES, 1.0), "dimgrey")
+    canvas.ellipse(around(place * METRES, 1.2, height), "white", "black", 3)
+    return np.asarray(image.resize((width, head + field), Image.Resampling.LANCZOS))
+
+
+def with_goal(before: dict, score) -> dict:
+    """The last raw observation before a goal, with its score and the ball flown on into the net.
+
+    The engine's next observation is of the kick-off.
+    """
+    side = 1 if score[0] > before["score"][0] else -1
+    ball, speed = before["ball"], before["ball_direction"]  # by step
+    x = side * (PITCH[0] + GOAL_DEPTH / 2) / METRES[0]
+    steps = (x - ball[0]) / speed[0] if side * speed[0] > 0 else 0.0
+    _, y, z = ball + steps * speed
+    inside = (HALF_GOAL - 1) / METRES[1]
+    return before | {"ball": np.array([x, np.clip(y, -inside, inside), np.clip(z, 0, 2)]), "score": score}
+
+
+def watch_grf(script, checkpoint: dict, args: Args):
+    """gfootball's game, drawn here from its raw observations: the engine's own pictures need OpenGL."""
+    settings, path = checkpoint["args"], args.checkpoint
+    if not script.find_football():
+        fail("--checkpoint", path, "needs the package gfootball: README.md, section Google Research Football")
+    scenario = settings["scenario"]
+    if scenario not in script.SCENARIOS:
+        fail("--checkpoint", path, f"is of the scenario {scenario}, which {script.__name__}.py does not know")
+    weights = {term: settings[f"reward_{term}"] for term in script.Reward.TERMS}
+    game, act = script.Football(scenario, weights, args.seed), recurrent_policy(script, checkpoint)
+    n, inputs = game.observation_space["obs"].shape
+    number, first = actor_networks(checkpoint)
+    if len(first["base.0.weight"]) != inputs or number not in (0, 1, n):
+        fail("--checkpoint", path, f"its networks do not fit {n} agents that observe {inputs} numbers in {scenario}")
+
+    def play():
+        for episode in range(1, args.episodes + 1):
+            game.reset()
+            raw, trail, steps, total, done = game.raw, [], 0, 0.0, False
+            yield partial(football_picture, raw, args.width, note=GAME_MODES[raw["game_mode"]])
+            while not done:
+                seen, before = game.observe(), raw
+                reward, terminated, truncated, _ = game.step(act(seen["obs"], seen["action_mask"], start=steps == 0))
+                raw, steps, total, done = game.raw, steps + 1, total + reward, terminated or truncated
+                trail = [*trail[-9:], before["ball"]]
+                goal = raw["score"] != before["score"]
+                shown = with_goal(before, raw["score"]) if goal else raw
+                note = "goal" if goal else GAME_MODES[raw["game_mode"]] or ("end" if done else "")
+                if raw["game_mode"] != script.NORMAL and not goal:
+                    trail = []  # the ball was put somewhere else
+                draw = partial(football_picture, shown, args.width, steps, note, trail)
+                for _ in range(10 if goal or done else 1):  # a second to see the end
+                    yield draw
+                trail = [] if goal else trail
+            ours, theirs = raw["score"]
+            tell(f"episode {episode}: {ours} : {theirs} after {steps} steps, return {total:.3f}")
+        game.close()
+
+    return 10, play()
 
 
 def watch_mamujoco(script, checkpoint: dict, args: Args):
@@ -241,7 +392,7 @@ def watch_mamujoco(script, checkpoint: dict, args: Args):
     return 1 / env.unwrapped.dt, play()
 
 
-BENCHMARKS = {"smac": watch_smac, "mpe": watch_mpe, "mamujoco": watch_mamujoco}
+BENCHMARKS = {"smac": watch_smac, "mpe": watch_mpe, "grf": watch_grf, "mamujoco": watch_mamujoco}
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -253,8 +404,8 @@ def few_colors(frames: list[np.ndarray], colors: int, scale: float) -> list[np.n
     if scale < 1:
         size = round(images[0].width * scale), round(images[0].height * scale)
         images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
-    some = np.concatenate([np.asarray(image) for image in images[:: max(1, len(images) // 12)]])
-    palette = Image.fromarray(some).quantize(colors)
+    some = np.concatenate([np.asarray(image) for image in images[:: max(1, len(images) // 50)]])
+    palette = Image.fromarray(some).quantize(colors, Image.Quantize.FASTOCTREE)  # others lose what is rare
     plain = Image.Dither.NONE
     return [np.asarray(image.quantize(palette=palette, dither=plain).convert("RGB")) for image in images]
 
@@ -321,7 +472,11 @@ def read(args: Args):
 def main(args: Args):
     checkpoint, script, watch = read(args)
     torch.set_num_threads(1)
-    steps_per_second, play = watch(script, checkpoint, args)
+    try:
+        steps_per_second, play = watch(script, checkpoint, args)
+    except (KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        fail("--checkpoint", args.checkpoint, f"does not fit {script.__name__}.py as it is now: {reason}")
     every = args.every or max(1, round(steps_per_second / 25))
     fps = args.fps or min(50, steps_per_second / every)
     frames = []
@@ -329,7 +484,7 @@ def main(args: Args):
         if step % every == 0:
             frames.append(np.asarray(draw())[..., :3])
         if len(frames) == args.max_frames:
-            tell(f"stopped after {step} steps at --max-frames {args.max_frames}")
+            tell(f"stopped at --max-frames {args.max_frames}")
             break
     data = encode(frames, fps, args.max_kib)
     args.out.write_bytes(data)
