@@ -23,18 +23,27 @@ robot.
 Read to the end of `main`: that is the paper. What stands below only makes it run.
 """
 
+import contextlib
 import dataclasses
+import difflib
+import errno
+import fcntl
 import importlib.metadata
 import importlib.util
+import io
+import itertools
 import json
 import math
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -78,6 +87,8 @@ class Args:
     """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
     update_epochs: int | None = None
     """P, passes of every agent over the rollout (Table 9 by robot)"""
+    vtrace: bool = False
+    """correct advantages for the policies that have changed by V-trace, anew in every epoch (Figures 5 and 13)"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (Table 8)"""
     huber_delta: float = 10.0
@@ -99,10 +110,18 @@ class Args:
     """play eval_episodes with --checkpoint, print the result and leave"""
     checkpoint: str = ""
     """checkpoint file for --eval-only"""
+    out: str = ""
+    """file to which --eval-only adds its result, as a line of JSON"""
+    exp_name: str = Path(__file__).stem
+    """what the run is called in its folder, plots and W&B"""
     track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
+    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
     wandb_project: str = "a2po"
     """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; by default your own"""
+    wandb_group: str = ""
+    """Weights & Biases group, such as the seeds of one experiment"""
     cuda: bool = True
     """use a GPU for the networks if there is one"""
     torch_threads: int | None = None
@@ -139,6 +158,26 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
     return advantages
+
+
+def vtrace(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda):
+    """V-trace (Espeholt et al., 2018) for the policies that have changed, c_t = lambda min(1, rho_t); O(T).
+
+        x_t = min(1, rho_t) delta_t + gamma c_t x_{t+1}, where V(s_t) + x_t = v_t is the value's target
+        A_t = r_t + gamma v_{t+1} - V(s_t) = delta_t + gamma x_{t+1}
+
+    Shapes and delta_t as in `gae_advantages`; joint_ratio (T, N), rho = pi_bar / pi of the joint action. Returns A and
+    the targets, (T, N, n).
+    """
+    terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    rho = joint_ratio.clamp(max=1.0).unsqueeze(-1)
+    advantages, corrections = deltas.clone(), rho * deltas
+    for t in reversed(range(len(deltas) - 1)):
+        successor = gamma * (1 - done[t]) * corrections[t + 1]
+        advantages[t] += successor
+        corrections[t] += gae_lambda * rho[t] * successor
+    return advantages, corrections + values[:-1]
 
 
 def clipped_surrogate(ratio, advantages, clip_coef):
@@ -360,6 +399,11 @@ def main(args: Args):
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             for _ in range(args.update_epochs):
+                if args.vtrace:
+                    with torch.no_grad():
+                        changes = [policy_change(actor, rollout, i)[0] for i, actor in enumerate(actors)]
+                    joint_ratio = sum(log_ratios.sum(-1) for log_ratios in changes).clamp(-20, 20).exp()
+                    advantages, targets = vtrace(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
                 for i in range(n):
                     log_ratios, entropy = policy_change(actors[i], rollout, i)
                     ratio = action_ratio(log_ratios, has_joint[i], args.action_ratio)
@@ -454,7 +498,8 @@ OTHER_PARTITIONS = {
 
 def agent_joints(scenario: str, partition: str) -> list[list[int]]:
     """For each agent the indices of its joints in the action of the whole robot."""
-    from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+    with mock.patch("builtins.print"):  # it has a notice of other robots
+        from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 
     joints = {joint.label: joint.act_ids for joint in get_parts_and_edges(scenario, None)[0][0]}
     if partition.endswith("x1"):
@@ -608,6 +653,12 @@ def usage_error(option: str, value, allowed: str):
     raise SystemExit(2)
 
 
+def one_of(value: str, names, more: str = "") -> str:
+    """What to say of a name that is none of `names`: what is allowed, and which may have been meant."""
+    meant = difflib.get_close_matches(value, names, 1)
+    return f"must be one of {', '.join(names)}{more}" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
 def read_checkpoint(path: Path, option: str) -> dict:
     """A checkpoint of one of these scripts; anything else is an error in `option`."""
     try:
@@ -634,6 +685,8 @@ class Run:
         self.progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
         self.noted, self.scores, self.stop_signal = {}, {"sampled": math.nan, "greedy": math.nan}, 0
         self.checkpoint = self.load(*saved_in(args)) if args.resume or args.eval_only else None
+        with writing("--out", args.out):
+            self.out = open(args.out, "a") if args.out else None
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
@@ -653,56 +706,98 @@ class Run:
         for part in self.learned.values():
             if isinstance(part, torch.optim.Optimizer):
                 part.param_groups[0]["lr"] = self.args.learning_rate
+        done, total = checkpoint.get("progress", {}).get("global_step", 0), self.args.total_timesteps
+        if self.args.resume and done >= total:
+            print(f"{path.parent}: nothing is left to do, {done:,} steps are done and --total-timesteps is {total:,}")
+            self.envs.close()
+            raise SystemExit
         return checkpoint
 
     def report(self, episodes: list[dict[str, float]]):
-        means = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in summarize(episodes).items())
-        print(f"{len(episodes)} greedy episodes: {means}")
+        """Of --eval-only: mean and standard deviation over the episodes; everything goes to --out."""
+        numbers = {name: [episode[name] for episode in episodes] for name in (*RAW.values(), "length")}
+        text = ", ".join(f"{name} {np.mean(values):.3f} (std {np.std(values):.3f})" for name, values in numbers.items())
+        print(f"{len(episodes)} greedy episodes: {text}")
+        if self.out:
+            step = self.checkpoint.get("progress", {}).get("global_step")
+            record = {"checkpoint": self.args.checkpoint, "script": self.checkpoint["script"], "step": step}
+            record |= {name: getattr(self.args, name) for name in (*TASK, *GAMES, "seed")}
+            print(json.dumps(record | {SCORE: summarize(episodes)[SCORE]} | numbers), file=self.out)
+            self.out.close()
         self.envs.close()
 
     def __enter__(self):
-        name = f"{task_name(self.args)}__{Path(__file__).stem}__{self.args.seed}"
+        name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
         self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
-        self.evaluations = self.folder / "eval.jsonl"
-        settings = dataclasses.asdict(self.args) | {"resume": ""}
-        config = settings | {"script": Path(__file__).stem, "device": str(self.device)}
-        config["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        print(f"{self.folder}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        self.evaluations, self.lock = self.folder / "eval.jsonl", lock_folder(self.folder)
+        with writing("--resume" if self.args.resume else "new run", self.folder):
+            config = self.write_config()
+            if self.checkpoint:
+                self.go_back()
+            step = self.progress["global_step"]
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        if not self.checkpoint:
+            self.envs.reset()
+            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
+            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
         if self.args.track:
             import wandb
 
-            wandb.init(project=self.args.wandb_project, name=self.folder.name, config=config, sync_tensorboard=True)
-        if self.checkpoint:
-            self.go_back()
-            self.writer = SummaryWriter(self.folder, purge_step=self.progress["global_step"] + 1)
-        else:
-            self.envs.reset()
-            self.writer = SummaryWriter(self.folder)
-            self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+            team, group = self.args.wandb_entity or None, self.args.wandb_group or None
+            named = {"project": self.args.wandb_project, "entity": team, "group": group, "name": self.folder.name}
+            named["id"] = re.sub(r"[^\w.-]", "-", self.folder.name)
+            wandb.init(**named, resume="allow", config=config, allow_val_change=True, sync_tensorboard=True)
         self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        total, step = self.args.total_timesteps, self.progress["global_step"]
-        self.bar = tqdm(total=total, initial=step, unit="step", unit_scale=True)
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
         self.begin = time.perf_counter() - self.progress["seconds"]
         return self
 
+    def write_config(self) -> dict:
+        """config.json: the settings that the run began with; and of each stretch, one for every start of this program,
+        its first step, the settings that were others by then, and what it ran on."""
+        settings = dataclasses.asdict(self.args) | {"resume": ""}
+        versions = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+        ran_on = {"device": str(self.device), "git_commit": git_commit(), "versions": versions}
+        config = settings | {"script": Path(__file__).stem} | ran_on | {"stretches": []}
+        file, step = self.folder / "config.json", 0
+        if self.checkpoint:
+            step = self.checkpoint["progress"]["global_step"]
+            with contextlib.suppress(OSError, ValueError):  # else what it began with is not known any more
+                config |= json.loads(file.read_text())
+        changed = {name: value for name, value in settings.items() if config[name] != value}
+        config["stretches"].append({"step": step, "changed": changed} | ran_on)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+        print(f"{self.folder}, from step {step:,}" if step else self.folder)
+        cells = [f"  {name:<16} {value!s:<18}" for name, value in settings.items() if value not in ("", None)]
+        print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)))
+        return config
+
     def __exit__(self, kind, error, trace):
-        if kind is None or kind is GamesFailed:
-            self.save()
+        disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+        saved = kind not in (None, GamesFailed) or self.save()
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # its thread fails again where the disk is full
+            self.writer.close()
         self.envs.close()
+        os.close(self.lock)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if disk or not saved:
+            sys.exit(f"{self.folder} cannot be written{f', {error}' if disk else ''}; the last checkpoint is as it was")
         if kind is GamesFailed:
             sys.exit(f"{error}; go on with --resume {self.folder}")
-        if kind is None and self.stop_signal:
+        if kind is None and self.progress["global_step"] >= self.args.total_timesteps:
+            score = f"{SCORE.replace('_', ' ')} {self.scores['greedy']:.3f}"
+            print(f"{self.folder} is complete; the last greedy {score}", file=sys.stderr)
+        elif kind is None:
             print(f"stopped by signal {self.stop_signal}; go on with --resume {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
     def ask_to_stop(self, number, frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
+        text = "\nstopping: saves at the end of this iteration or evaluation; a second signal ends it at once\n"
+        os.write(2, text.encode())  # print must not interrupt itself
 
     def go_back(self):
         """To where the checkpoint was written; evaluations after it will be done again."""
@@ -718,8 +813,9 @@ class Run:
             kept = [line for line in lines if json.loads(line)["step"] <= self.progress["global_step"]]
             self.evaluations.write_text("".join(f"{line}\n" for line in kept))
 
-    def save(self):
-        """To a temporary file that is then renamed: a crash while writing leaves the last good one."""
+    def save(self) -> bool:
+        """To a temporary file that is then renamed: a crash while writing leaves the last good one. Whether it worked;
+        with the next one there may be room on the disk again."""
         self.progress["crashes"] = self.envs.crashes
         contents = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "script": Path(__file__).stem}
         contents |= {"learned": {name: part.state_dict() for name, part in self.learned.items()}}
@@ -727,8 +823,17 @@ class Run:
         contents |= {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             contents["cuda_rng"] = torch.cuda.get_rng_state()
-        torch.save(contents, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        temporary, buffer = self.folder / "checkpoint.tmp", io.BytesIO()
+        torch.save(contents, buffer)
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        except OSError as error:
+            print(f"\n{self.folder} was not saved: {error.strerror}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        return True
 
     def goes_on(self) -> bool:
         """Whether there is another iteration; its time begins."""
@@ -786,15 +891,43 @@ class Run:
             self.writer.add_scalar(f"eval/{name}", value, step)
 
 
+@contextlib.contextmanager
+def writing(option: str, path):
+    """What cannot be written in here is an error in `option`."""
+    try:
+        yield
+    except OSError as error:
+        usage_error(option, path, f"cannot be written: {error.strerror}")
+
+
 def new_folder(name: str) -> Path:
     """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
     while True:
         folder = Path("runs") / f"{name}__{int(time.time())}"
-        try:
+        with writing("new run", folder), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            time.sleep(0.1)
+        time.sleep(0.1)
+
+
+def lock_folder(folder: Path) -> int:
+    """From here on no other process may work on this run, until the result is closed or this process ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        usage_error("--resume", folder, "another process is at work on it")
+    return lock
+
+
+def git_commit() -> str | None:
+    """Of the repository that the script is in, with -dirty if something there was changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    except OSError:
+        return None  # there is no git
+    return found.stdout.strip() or None
 
 
 def saved_in(args: Args) -> tuple[Path, str]:
@@ -802,9 +935,14 @@ def saved_in(args: Args) -> tuple[Path, str]:
     if args.eval_only:
         if not args.checkpoint or args.resume:
             usage_error("--eval-only", args.eval_only, "needs --checkpoint FILE, and no --resume")
+        if Path(args.checkpoint).is_dir():
+            usage_error("--checkpoint", args.checkpoint, f"is a folder; give {Path(args.checkpoint, 'checkpoint.pt')}")
         return Path(args.checkpoint), "--checkpoint"
-    if args.checkpoint:
-        usage_error("--checkpoint", args.checkpoint, "is for --eval-only; to go on with a run use --resume RUN_DIR")
+    for option, value in (("--checkpoint", args.checkpoint), ("--out", args.out)):
+        if value:
+            usage_error(option, value, "is for --eval-only; to go on with a run use --resume RUN_DIR")
+    if Path(args.resume).is_file():
+        usage_error("--resume", args.resume, f"is a file; give its folder, {Path(args.resume).parent}")
     if args.resume and not Path(args.resume, "checkpoint.pt").is_file():
         usage_error("--resume", args.resume, "must be a run directory with a checkpoint.pt in it")
     return Path(args.resume, "checkpoint.pt"), "--resume"
@@ -812,15 +950,28 @@ def saved_in(args: Args) -> tuple[Path, str]:
 
 def parse_args(argv=None) -> Args:
     """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
-    args = tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
+    types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
+    for place, (option, value) in enumerate(itertools.pairwise(words), start=1):
+        kind = types.get(option.replace("_", "-"))
+        if kind is bool and value.lower() in ("true", "false"):
+            usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
+        if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():
+            words[place] = str(int(float(value)))  # 1e6
+    args = tyro.cli(Args, args=words)
     path, option = saved_in(args)
     if not (args.resume or args.eval_only):
         return args
+    checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**read_checkpoint(path, option)["args"])
+        defaults = Args(**checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
-    return tyro.cli(Args, default=defaults, args=argv)
+    args = tyro.cli(Args, default=defaults, args=words)
+    if args.resume and "progress" not in checkpoint:
+        usage_error(option, path, "is a policy, without the run that it comes from")
+    return args
 
 
 def complete_args(args: Args) -> Args:
@@ -828,7 +979,7 @@ def complete_args(args: Args) -> Args:
     partitions = PARTITIONS[args.scenario]
     partition = args.partition or partitions[0]
     if partition not in partitions:
-        usage_error("--partition", partition, f"{args.scenario} can be shared out as {', '.join(partitions)}")
+        usage_error("--partition", partition, f"with --scenario {args.scenario} it {one_of(partition, partitions)}")
     n = 2 if partition == "9|8" else int(partition.split("x")[0])
     defaults = dict(zip(TABLE_9_COLUMNS, TABLE_9[args.scenario], strict=True)) | {
         "partition": partition,
@@ -841,7 +992,11 @@ def complete_args(args: Args) -> Args:
     check_args(args)
     versions = ("v2" if args.scenario == "HumanoidStandup" else "v3", "v4", "v5")
     if args.env_version not in versions:
-        usage_error("--env-version", args.env_version, f"{args.scenario} can be had as {', '.join(versions)}")
+        usage_error(
+            "--env-version",
+            args.env_version,
+            f"with --scenario {args.scenario} it {one_of(args.env_version, versions)}",
+        )
     return args
 
 
@@ -853,15 +1008,23 @@ def check_args(args: Args):
             if not 0 <= value <= 2147483:
                 usage_error(option, value, "must be within 0 and 2147483")
         elif type(value) is int and value < 1:
-            usage_error(option, value, "must be at least 1")
-        elif name in ("gamma", "gae_lambda", "clip_adaptation") and not 0 <= value <= 1:
+            limit = ", and at most the number of agents" if name == "agent_blocks" else ""
+            usage_error(option, value, "must be at least 1" + limit)
+        elif name in ("gamma", "gae_lambda", "clip_adaptation", "local_ratio") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
         elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
             usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        usage_error("--track", args.track, "needs Weights & Biases: pip install wandb")
+    if not re.fullmatch(r"[\w.=+-]+", args.exp_name) or "__" in args.exp_name:
+        usage_error("--exp-name", args.exp_name, "must be of letters, digits and . = + - _, without __")
+    if args.track and not args.eval_only:
+        if importlib.util.find_spec("wandb") is None:
+            usage_error("--track", args.track, "needs Weights & Biases: pip install wandb==0.31.0")
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            usage_error("--track", args.track, "needs `wandb login`, or WANDB_MODE=offline")
 
 
 if __name__ == "__main__":

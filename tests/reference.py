@@ -132,21 +132,40 @@ class Reference:
                 self.score[e], self.length[e] = 0.0, 0
 
     # ------------------------------------------------------------------------------------------------------ equations
+    def delta(self, t, e, i):
+        reward, terminated = self.steps[t].rewards[e], self.steps[t].terminated[e]
+        reward = float(reward if np.ndim(reward) == 0 else reward[i])
+        successor = 0.0 if terminated else self.values[t + 1, e, i]
+        return reward + self.args.gamma * successor - self.values[t, e, i]
+
     def advantages(self, rho):
         """Eq. (2); rho maps (t, e) to the joint ratio, and what is missing is 1. The trace ends before what is none."""
         A, gamma = {}, self.args.gamma
         for e in range(self.N):
             for i in range(self.n):
                 for t in reversed(range(self.T)):
-                    reward, terminated = self.steps[t].rewards[e], self.steps[t].terminated[e]
-                    reward = float(reward if np.ndim(reward) == 0 else reward[i])
-                    successor = 0.0 if terminated else self.values[t + 1, e, i]
-                    A[t, e, i] = reward + gamma * successor - self.values[t, e, i]
+                    A[t, e, i] = self.delta(t, e, i)
                     if (t + 1, e) in self.valid:
                         weight = min(1.0, rho.get((t + 1, e), 1.0))
                         self.active["trace cut"] += weight < 0.99
                         A[t, e, i] += gamma * self.args.gae_lambda * weight * A[t + 1, e, i]
         return A
+
+    def vtrace(self, rho):
+        """v_t = V_t + sum over k of gamma^k c_t ... c_{t+k-1} min(1, rho_{t+k}) delta_{t+k}, c = lambda min(1, rho);
+        A_t = r_t + gamma v_{t+1} - V_t. Two maps from samples and others, A and v."""
+        gamma, A, v = self.args.gamma, {}, {}
+        for t, e, i in self.values:
+            v[t, e, i], factor, k = self.values[t, e, i], 1.0, t
+            while k < self.T and (k == t or (k, e) in self.valid):
+                weight = min(1.0, rho.get((k, e), 1.0))
+                self.active["trace cut"] += weight < 0.99
+                v[t, e, i] += factor * weight * self.delta(k, e, i)
+                factor, k = factor * gamma * self.args.gae_lambda * weight, k + 1
+        for t, e, i in self.old:
+            gain = v[t + 1, e, i] - self.values[t + 1, e, i] if (t + 1, e) in self.valid else 0.0
+            A[t, e, i] = self.delta(t, e, i) + gamma * gain
+        return A, v
 
     def objective(self, ratio, g, A, eps):
         """The row of DESIGN's table: min(l M, clip(l) M); returns it and l."""
@@ -212,17 +231,21 @@ class Reference:
         return [order[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
     def corrected(self, rho, gae):
-        return self.advantages(rho) if self.algorithm == "a2po" and self.args.preopc else gae
+        """Advantages for the policies that have changed by rho, and the values' targets."""
+        if getattr(self.args, "vtrace", False):
+            return self.vtrace(rho)
+        A = self.advantages(rho) if getattr(self.args, "preopc", False) else gae
+        return A, {s: A[s] + self.values[s] for s in A}
 
     def algorithm_1(self, blocks, gae):
         """Own parameters: each block once, with all its epochs; then its ratio joins those of the preceding."""
         rho = dict.fromkeys(self.valid, 1.0)
         for k, block in enumerate(blocks, 1):
-            A = self.corrected(rho, gae)
+            A, targets = self.corrected(rho, gae)
             preceding = {s: rho[s[:2]] for s in self.samples}
             for i in block:
                 for _ in range(self.args.update_epochs):
-                    self.descend([i], A, preceding, k, len(blocks))
+                    self.descend([i], A, targets, preceding, k, len(blocks))
             for (t, e, _), r in self.ratios(block).items():
                 rho[t, e] *= r
 
@@ -236,11 +259,11 @@ class Reference:
                     for i in range(self.n):
                         if i != j and (t, e, i) in others:
                             others[t, e, i] *= r
-                A = self.corrected(rho, gae)
+                A, targets = self.corrected(rho, gae)
                 for agents in [block] if self.shared else [[i] for i in block]:
-                    self.descend(agents, A, others, k, len(blocks))
+                    self.descend(agents, A, targets, others, k, len(blocks))
 
-    def descend(self, agents, A, preceding, k, blocks):
+    def descend(self, agents, A, targets, preceding, k, blocks):
         """A step of agents who are one or share their networks; `preceding` ratios, in product and not clipped."""
         args, (mean, std), eps = self.args, self.unit(), self.clip(k, blocks)
         policies, values = self.replay("actor", agents), self.replay("critic", agents)
@@ -254,7 +277,7 @@ class Reference:
                 ratio = sum(x.exp() for x in log_ratios) / len(log_ratios)
             surrogate, joint = self.objective(ratio, preceding[s], (A[s] - average) / deviation, eps)
 
-            target, old = (A[s] + self.values[s] - mean) / std, (self.values[s] - mean) / std
+            target, old = (targets[s] - mean) / std, (self.values[s] - mean) / std
             near = old + (values[s] - old).clamp(-args.clip_coef, args.clip_coef)
             self.active["value clip"] += abs(values[s].item() - old) > args.clip_coef
             worst = max(self.huber(values[s] - target), self.huber(near - target))

@@ -42,6 +42,10 @@ ANYWHERE = [
     "--resume nowhere",
     "--eval-only --checkpoint none.pt",
     "--eval-only --checkpoint none.pt --resume nowhere",
+    "--out scores.jsonl",
+    "--exp-name a__b",
+    "--cuda False",
+    "--track true",
 ]
 
 
@@ -78,6 +82,48 @@ def test_help(name, capsys):
     text = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')}" in text for field in dataclasses.fields(script.Args))
     assert "discount factor" in text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_hints(name, tmp_path, monkeypatch, capsys):
+    """What may have been meant."""
+    script = load(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
+    benchmark = name.split("_")[1]
+    mistyped = {
+        "smac": ("--map 3s5x", "did you mean 3s5z?"),
+        "mamujoco": ("--scenario Ant --partition 4x22", "did you mean 4x2?"),
+        "mpe": None,
+    }
+    mistyped["grf"] = ("--scenario academy_run_to_skore", "did you mean academy_run_to_score?")
+    hints = [
+        ("--cuda False", "--cuda or --no-cuda"),
+        ("--eval-only=true", "--eval-only or --no-eval-only"),
+        ("--eval-only --checkpoint run", "run/checkpoint.pt"),
+        ("--resume run/checkpoint.pt", "its folder, run"),
+        *filter(None, [mistyped[benchmark]]),
+    ]
+    if benchmark == "mamujoco":
+        hints.append(("--scenario Ant --env-version v2", "with --scenario Ant it must be one of v3, v4, v5"))
+    for command, hint in hints:
+        (line,) = left_with(script, command.split(), capsys)
+        assert hint in line and line.startswith(f"{name}.py: error: --"), line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_numbers(name, capsys):
+    """Whole numbers may be written with an exponent or underscores; names that look like one are left as they are."""
+    parse = load(name).parse_args
+    words = "--total-timesteps 1e6 --eval-every=2.5E3 --save_every 1_000 --exp-name 1e6 --learning-rate 1e-3".split()
+    args = parse(words)
+    assert (args.total_timesteps, args.eval_every, args.save_every) == (1_000_000, 2500, 1000)
+    assert (args.exp_name, args.learning_rate) == ("1e6", 0.001) and type(args.total_timesteps) is int
+    for word in ("1.5", "1e-3", "1.55e1", "many"):
+        with pytest.raises(SystemExit) as left:
+            parse(["--total-timesteps", word])
+        assert left.value.code == 2 and "--total-timesteps" in capsys.readouterr().err
 
 
 def test_command_line():

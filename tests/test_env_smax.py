@@ -305,5 +305,5 @@ def test_command_line_run(cache, tmp_path):
 
     words = f"--eval-only --checkpoint {run_dir / 'checkpoint.pt'} --eval-episodes 6"
     done = subprocess.run(command(words), capture_output=True, timeout=200, **everywhere)
-    assert done.returncode == 0 and "6 greedy episodes: win rate" in done.stdout, done.stderr
+    assert done.returncode == 0 and "6 greedy episodes: won" in done.stdout, done.stderr
     assert list((tmp_path / "runs").iterdir()) == [run_dir]

@@ -55,7 +55,8 @@ def gae_of(name):
 
 
 every_gae = pytest.mark.parametrize("gae", [pytest.param(gae_of(s), id=s) for s in SCRIPTS])
-preopc = function_of("preopc_advantages", A2PO_SCRIPTS)
+preopc = function_of("preopc_advantages", A2PO_SCRIPTS + scripts_named("happo"))
+vtraces = function_of("vtrace", scripts_named("mappo") + scripts_named("coppo"))
 order = function_of("agent_order", A2PO_SCRIPTS)
 
 
@@ -131,6 +132,54 @@ def test_preopc_is_eq2(preopc_advantages, shared, gamma, lam):
         out = preopc_advantages(*batch, gamma, lam)
         assert out.shape == (12, 5, 3)
         assert_near(out, eq2(*batch, gamma, lam))
+
+
+def vtrace_of_the_definition(rewards, values, terminated, done, ratio, gamma, lam):
+    """v_t = V_t + sum_k gamma^k (c_t ... c_{t+k-1}) min(1, rho_{t+k}) delta_{t+k}, c = lambda min(1, rho), up to the
+    episode's end; A_t = r_t + gamma v_{t+1} - V_t, where v is V after the rollout or a time limit, 0 after the end."""
+    values, ratio = values.double(), ratio.double().clamp(max=1.0)
+    rewards = rewards.double().expand(*rewards.shape[:2], values.shape[2])
+    v, A = values.clone(), torch.zeros_like(rewards)
+    T, N, n = rewards.shape
+    for e in range(N):
+        for t in range(T):
+            c = 1.0
+            for k in range(T - t):
+                successor = 0.0 if terminated[t + k, e] else gamma * values[t + k + 1, e]
+                delta = rewards[t + k, e] + successor - values[t + k, e]
+                v[t, e] += gamma**k * c * ratio[t + k, e] * delta
+                if done[t + k, e]:
+                    break
+                c *= lam * ratio[t + k, e]
+    for e in range(N):
+        for t in range(T):
+            after = values if done[t, e] else v
+            A[t, e] = rewards[t, e] + (0.0 if terminated[t, e] else gamma * after[t + 1, e]) - values[t, e]
+    return A, v[:-1]
+
+
+@vtraces
+@pytest.mark.parametrize("shared", [False, True], ids=["per-agent-reward", "shared-reward"])
+@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_vtrace_is_its_definition(vtrace, shared, gamma, lam):
+    for seed in range(3):
+        batch = rollout(seed, shared=shared)
+        found, expected = vtrace(*batch, gamma, lam), vtrace_of_the_definition(*batch, gamma, lam)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.shape == (12, 5, 3)
+            assert_near(ours, theirs)
+
+
+@vtraces
+def test_vtrace_of_the_policy_that_sampled(vtrace):
+    """With all ratios 1 its targets are those of GAE; with all ratios 0 the targets are the values."""
+    rewards, values, terminated, done, ratio = rollout(4)
+    batch, ones = (rewards, values, terminated, done), torch.ones_like(ratio)
+    _, targets = vtrace(*batch, ones, 0.9, 0.8)
+    assert_near(targets, eq2(*batch, ones, 0.9, 0.8) + values[:-1])
+    advantages, targets = vtrace(*batch, 0 * ones, 0.9, 0.8)
+    assert_near(targets, values[:-1])
+    assert_near(advantages, eq2(*batch, 0 * ones, 0.9, 0.8))
 
 
 @every_gae
@@ -370,11 +419,11 @@ def test_eq6_is_per_sample(clipped_surrogate):
     torch.testing.assert_close(torch.tensor(gradient), torch.tensor(columns[4]))
 
 
-@product_surrogate
+@function_of("clipped_surrogate", A2PO_SCRIPTS + scripts_named("coppo") + scripts_named("happo"))
 @pytest.mark.parametrize("preceding", [0.5, 0.97, 1.05, 1.5])
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_no_gradient_through_the_other_agents(clipped_surrogate, preceding, advantage):
-    """Eq. (6): g is a constant, also where its own clip is not active."""
+    """Eq. (6): g is a constant, also where its own clip is not active; and so is the product in HAPPO's M."""
     ratio = torch.tensor(1.02, requires_grad=True)
     others = torch.tensor(preceding, requires_grad=True)
     clipped_surrogate(ratio, others, torch.tensor(advantage), 0.2).backward()

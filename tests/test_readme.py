@@ -81,13 +81,43 @@ def test_sections():
     """What a reader looks for is there, in 300 lines, and the details are numbered."""
     readme = README.read_text()
     found = re.findall(r"^## (.*)$", readme, re.MULTILINE)
-    wanted = ["Start", "It learns", "From the paper to the code", "From MAPPO to A2PO, step by step"]
-    assert found[:5] == [*wanted, "Implementation details"] and found[-1] == "Limits"
-    assert {"StarCraft II", "MPE", "Google Research Football", "Multi-agent MuJoCo"} <= set(found)
+    wanted = ["Contents", "Set-up", "A first run", "It learns", "From the paper to the code"]
+    wanted += ["From MAPPO to A2PO, step by step", "Implementation details"]
+    assert found == [*wanted, "SMAC", "MPE", "Google Research Football", "Multi-agent MuJoCo", "Limits"]
+    contents = readme[readme.index("\n## Contents") : readme.index("\n## Set-up")]
+    anchors = {name: re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in found[1:]}
+    assert dict(re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", contents)) == anchors
     details = readme[readme.index("\n## Implementation details") :]
     numbers = [int(number) for number in re.findall(r"^(\d+)\. ", details, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 37
     assert len(readme.splitlines()) <= 300
+
+
+def test_ci_knows_the_commands():
+    """.ci/readme.py runs them; what it does not run, or not to the end, stands in the README."""
+    sys.path.insert(0, str(ROOT / ".ci"))
+    import readme
+
+    text = README.read_text()
+    found = readme.commands(text)
+    assert len(found) > 10 and all(entry in found for entry in [".venv/bin/tensorboard --logdir runs"])
+    for begin in [*readme.NOT_RUN, *readme.FIRST_OUTPUT]:
+        assert any(command.startswith(begin) for command in found) or f"`{begin}" in text, begin
+
+
+def test_tables_of_tasks():
+    """SMAC's maps by game; the robots with their partitions and settings."""
+    import a2po_mamujoco
+    import a2po_smac
+
+    rows = [[c.strip() for c in line.replace("\\|", "/").split("|")] for line in README.read_text().splitlines()]
+    smac = {name: row[2:4] for row in rows if len(row) == 5 for name in row[1].split()}
+    for name in {*a2po_smac.SMAX_MAPS, *a2po_smac.SMAC_MAPS}:
+        assert smac[name] == ["yes" * (name in a2po_smac.SMAX_MAPS), "yes" * (name in a2po_smac.SMAC_MAPS)], name
+    for robot, partitions in a2po_mamujoco.PARTITIONS.items():
+        (row,) = [row for row in rows if len(row) == 5 and row[1] == robot]
+        assert row[2].replace("/", "|").split() == list(partitions)
+        assert [float(number) for number in row[3].split(",")] == list(a2po_mamujoco.TABLE_9[robot])
 
 
 def test_every_script_is_in_the_matrix():

@@ -1,0 +1,306 @@
+"""The run, which is the same in all scripts: its folder and record, what cannot be written, signals, W&B. Here with
+A2PO on SMAC, a small game in place of the simulator; that resuming changes no number stands in test_train_*."""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, Skirmish, differences, evaluations, in_place_of_the_simulator, make_args, scalars
+from helpers import train as train_on
+from test_cli import left_with
+
+import a2po_smac
+
+
+@pytest.fixture
+def train(tmp_path):
+    """main with the small settings and these options, or with a command line, in tmp_path / name."""
+
+    def train(name="run", argv=None, game=Skirmish, **options):
+        return train_on(a2po_smac, tmp_path / name, game, argv or make_args(a2po_smac, **options))
+
+    return train
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------ the record
+def test_config_keeps_every_stretch(train):
+    """The settings that the run began with stay; options given beside --resume stand where they held from."""
+    run = train(wandb_group="seeds")
+    began = json.loads((run.folder / "config.json").read_text())
+    argv = ["--resume", str(run.folder), "--total-timesteps", "6e1", "--learning-rate", "0.1"]
+    train(argv=argv)
+    train(argv=[*argv[:2], "--total-timesteps=9_0"])
+    config = json.loads((run.folder / "config.json").read_text())
+    assert {name: value for name, value in config.items() if name != "stretches"} == {
+        name: value for name, value in began.items() if name != "stretches"
+    }
+    assert config["learning_rate"] == SMALL["learning_rate"] and config["total_timesteps"] == 30
+    assert [stretch["changed"] for stretch in config["stretches"]] == [
+        {},
+        {"total_timesteps": 60, "learning_rate": 0.1},
+        {"total_timesteps": 90, "learning_rate": 0.1},  # a run goes on with what it was last given
+    ]
+    steps = [stretch["step"] for stretch in config["stretches"]]
+    assert steps[0] == 0 and 30 <= steps[1] < 60 <= steps[2] < 90
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for stretch in [config, *config["stretches"]]:
+        assert (stretch["git_commit"] or "").removesuffix("-dirty") == commit
+        assert {"torch", "jax", "jaxmarl"} <= stretch["versions"].keys() and stretch["device"] == "cpu"
+
+
+def test_config_of_an_older_run(train):
+    """From before the stretches were written down, or lost: it can be resumed all the same."""
+    run = train()
+    config = json.loads((run.folder / "config.json").read_text())
+    for text in (json.dumps({k: v for k, v in config.items() if k not in ("stretches", "exp_name")}), "{half"):
+        (run.folder / "config.json").write_text(text)
+        total = torch.load(run.folder / "checkpoint.pt", weights_only=True)["progress"]["global_step"] + 1
+        assert train(argv=["--resume", str(run.folder), "--total-timesteps", str(total)]).status == 0
+        written = json.loads((run.folder / "config.json").read_text())
+        assert written["map"] == "3m" and len(written["stretches"]) == 1
+
+
+def test_no_commit_without_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(a2po_smac, "__file__", str(tmp_path / "a2po_smac.py"))
+    assert a2po_smac.git_commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert a2po_smac.git_commit() is None
+
+
+def test_settings_are_a_table(train, capsys):
+    """On the screen and in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train()
+    shown = capsys.readouterr().out.splitlines()
+    assert "  map              3m                  simulator        smax                seed             3" in shown
+    assert max(map(len, shown)) <= 120 and len(shown) < 20
+    events = EventAccumulator(str(run.folder)).Reload()
+    (tensor,) = events.Tensors("settings/text_summary")
+    (text,) = tensor.tensor_proto.string_val
+    lines = text.decode().splitlines()
+    assert lines[:2] == ["|setting|value|", "|-|-|"] and "|gae_lambda|0.9|" in lines
+
+
+def test_exp_name(train):
+    run = train(exp_name="wide-net")
+    assert run.folder.name.split("__")[:3] == ["3m-smax", "wide-net", "3"]
+    config = json.loads((run.folder / "config.json").read_text())
+    assert (config["exp_name"], config["script"]) == ("wide-net", "a2po_smac")
+    assert train("other").folder.name.split("__")[1] == "a2po_smac"
+
+
+@pytest.mark.parametrize("name", ["a/b", "a__b", "", "a b"])
+def test_exp_names_that_would_break_folders(name, capsys):
+    (line,) = left_with(a2po_smac, ["--map", "3m", "--exp-name", name], capsys)
+    assert f"--exp-name {name}" in line
+
+
+# ------------------------------------------------------------------------------------------------- nothing is lost
+@pytest.mark.parametrize("total", ["30", "12"])
+def test_a_complete_run_is_left_alone(train, total, capsys):
+    """One line says that nothing was done, and why."""
+    run = train()
+    before = everything_in(run.folder)
+    capsys.readouterr()
+    again = train(argv=["--resume", str(run.folder), "--total-timesteps", total])
+    output = capsys.readouterr()
+    assert not again.status and everything_in(run.folder) == before and again.games[0].record == []
+    (line,) = (output.out + output.err).splitlines()
+    assert "nothing is left to do" in line and f"--total-timesteps is {total}" in line
+
+
+def test_a_run_has_one_process(train, capsys):
+    run = train()
+    before = everything_in(run.folder)
+    words = ["--resume", str(run.folder), "--total-timesteps", "60"]
+    other = os.open(run.folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    capsys.readouterr()
+    assert train(argv=words).status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--resume {run.folder}: another process" in line and everything_in(run.folder) == before
+    os.close(other)
+    assert train(argv=words).status == 0
+
+
+def test_a_policy_is_no_run(train, capsys):
+    """A file of benchmark/policies has weights and settings alone."""
+    run = train()
+    policy = {name: run.checkpoint[name] for name in ("args", "script", "learned")}
+    torch.save(policy, run.folder / "checkpoint.pt")
+    capsys.readouterr()
+    assert train(argv=["--resume", str(run.folder), "--total-timesteps", "60"]).status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--resume" in line and "is a policy" in line
+
+
+# ---------------------------------------------------------------------------------------------- full disks and such
+def with_a_full_disk(monkeypatch, name):
+    """The next run's file of this name has no room."""
+    make = a2po_smac.new_folder
+
+    def new_folder(*arguments):
+        folder = make(*arguments)
+        (folder / name).symlink_to("/dev/full")
+        return folder
+
+    monkeypatch.setattr(a2po_smac, "new_folder", new_folder)
+
+
+def test_a_save_that_fails(train, monkeypatch, capsys):
+    """It is told in a line; the next one has room again. Nothing of it stays."""
+    with_a_full_disk(monkeypatch, "checkpoint.tmp")
+    run = train(save_every=10, total_timesteps=60)
+    assert run.status == 0 and run.checkpoint["progress"]["global_step"] >= 60
+    told = [line for line in capsys.readouterr().err.splitlines() if "was not saved" in line]
+    assert len(told) == 1 and os.strerror(errno.ENOSPC) in told[0] and str(run.folder.name) in told[0]
+    assert not (run.folder / "checkpoint.tmp").exists()
+
+
+def test_a_last_save_that_fails(train, monkeypatch):
+    """Status 1 and one line; the checkpoint before it is whole."""
+    first, write, calls = train("first"), Path.write_bytes, []
+
+    def fail_from_the_second_on(self, data):
+        calls.append(self)
+        if len(calls) > 1:
+            write(self, bytes(data)[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_from_the_second_on)
+    run = train("second", save_every=30, total_timesteps=60)
+    assert "cannot be written" in run.status and "\n" not in run.status and len(calls) > 1
+    assert differences(run.checkpoint, first.checkpoint) == [] and not (run.folder / "checkpoint.tmp").exists()
+
+
+def test_evaluations_that_cannot_be_written(train, monkeypatch):
+    """The run ends with one line, as it was at its last checkpoint."""
+    with_a_full_disk(monkeypatch, "eval.jsonl")
+    run = train(save_every=30, total_timesteps=60, eval_every=50)
+    assert os.strerror(errno.ENOSPC) in run.status and "\n" not in run.status
+    assert run.checkpoint["progress"]["iteration"] == 2  # and the evaluation was due in the third
+
+
+def test_runs_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """`runs` is a file."""
+    (tmp_path / "runs").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with in_place_of_the_simulator(a2po_smac, Skirmish) as games, pytest.raises(SystemExit) as left:
+        a2po_smac.main(make_args(a2po_smac))
+    assert left.value.code == 2 and games[0].record == [], "before the work"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "runs/3m-smax__a2po_smac__3__" in line and "cannot be written" in line
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock, naps = iter([7.2, 7.3, 7.9, 8.1]), []
+    monkeypatch.setattr(a2po_smac, "time", types.SimpleNamespace(time=lambda: next(clock), sleep=naps.append))
+    assert [str(a2po_smac.new_folder("a__1")) for _ in range(2)] == ["runs/a__1__7", "runs/a__1__8"]
+    assert len(naps) == 2 and all(Path("runs", name).is_dir() for name in ("a__1__7", "a__1__8"))
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+def signalled(step):
+    return lambda num_envs: Skirmish(num_envs, signal_at=step, signal_number=signal.SIGINT)
+
+
+def test_the_first_signal_says_what_will_happen(train, capfd):
+    """At once, and what a second one does."""
+    run = train(game=signalled(SMALL["num_steps"] + 3), total_timesteps=60)
+    lines = capfd.readouterr().err.splitlines()
+    stopping = next(k for k, line in enumerate(lines) if line.startswith("stopping: saves at the end"))
+    assert "a second" in lines[stopping] and any("--resume" in line for line in lines[stopping + 1 :])
+    assert run.status == 128 + signal.SIGINT
+
+
+def test_a_signal_in_the_last_iteration(train, capfd):
+    """What is complete says so, and not that it should be resumed."""
+    run = train(game=signalled(SMALL["num_steps"] + 3))
+    error = capfd.readouterr().err
+    assert run.status == 0 and run.checkpoint["progress"]["iteration"] == 2
+    assert f"{run.folder.name} is complete" in error and "--resume" not in error
+
+
+# ------------------------------------------------------------------------------------------------------- --eval-only
+def test_what_an_evaluation_leaves(train, tmp_path, capsys):
+    """Mean, spread and number on the screen; with --out a line of JSON for each call."""
+    run = train()
+    checkpoint, out = str(run.folder / "checkpoint.pt"), tmp_path / "scores.jsonl"
+    capsys.readouterr()
+    for episodes in (5, 4):
+        words = ["--eval-only", "--checkpoint", checkpoint, "--eval-episodes", str(episodes), "--out", str(out)]
+        assert train(argv=words).status == 0
+    five, four = map(json.loads, out.read_text().splitlines())
+    assert (len(five["won"]), len(four["return"])) == (5, 4) and five["script"] == "a2po_smac"
+    assert five["step"] == run.checkpoint["progress"]["global_step"] and five["checkpoint"] == checkpoint
+    assert five["win_rate"] == sum(five["won"]) / 5
+    returns = torch.tensor(five["return"], dtype=torch.float64)
+    expected = f"return {returns.mean():.3f} (std {returns.std(correction=0):.3f})"
+    assert f"5 greedy episodes: won {five['win_rate']:.3f}" in (shown := capsys.readouterr().out) and expected in shown
+
+
+def test_an_evaluation_whose_record_has_no_place(train, tmp_path, capsys):
+    """Before it is played."""
+    run = train()
+    words = ["--eval-only", "--checkpoint", str(run.folder / "checkpoint.pt")]
+    again = train(argv=[*words, "--out", str(run.folder / "config.json" / "scores")])
+    assert again.status == 2 and again.games[0].record == []
+    assert "--out" in (line := capsys.readouterr().err.splitlines()[-1]) and "cannot be written" in line
+    assert train(argv=["--out", "scores"]).status == 2 and "--out scores: is for --eval-only" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- W&B
+@pytest.fixture
+def wandb(monkeypatch):
+    """A double of the package, logged in; `began` has what wandb.init was called with."""
+    module = types.ModuleType("wandb")
+    module.mode, module.key, module.began = "online", True, []
+    module.init = lambda **options: module.began.append(options)
+    module.login = lambda prompt, verify: module.key and not prompt
+    module.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=module.mode))
+    module.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_tracking(train, wandb):
+    """Project, team, group, the run's name; a resumed run goes on in the same one."""
+    run = train(track=True, wandb_entity="team", wandb_group="seeds", exp_name="mine")
+    train(argv=["--resume", str(run.folder), "--total-timesteps", "60"])
+    first, second = wandb.began
+    assert first["name"] == run.folder.name and (first["entity"], first["group"]) == ("team", "seeds")
+    assert first["id"] == second["id"] and second["resume"] == "allow" and first["config"]["gae_lambda"] == 0.9
+
+
+def test_tracking_needs_a_login(wandb, tmp_path, monkeypatch, capsys):
+    wandb.key = False
+    monkeypatch.chdir(tmp_path)
+    (line,) = left_with(a2po_smac, ["--map", "3m", "--track"], capsys)
+    assert "--track" in line and "wandb login" in line and not any(tmp_path.iterdir())
+    wandb.mode = "offline"
+    with in_place_of_the_simulator(a2po_smac, Skirmish):
+        a2po_smac.main(make_args(a2po_smac, track=True))
+    assert len(wandb.began) == 1
+
+
+def test_nothing_needs_a_terminal(train, monkeypatch):
+    """Evaluations are written and logged where nobody looks on."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    run = train(eval_every=10)
+    assert evaluations(run.folder) and "eval/win_rate" in scalars(run.folder)
