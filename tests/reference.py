@@ -43,7 +43,7 @@ class Reference:
         self.weight = self.mean = self.square = 0.0  # decaying sums over the returns
         self.hidden = {}  # (kind, e, i) -> the GRU's state
         self.begins, self.over = [True] * self.N, [False] * self.N
-        self.score, self.length, self.global_step = [0.0] * self.N, [0] * self.N, 0
+        self.score, self.length, self.global_step, self.iteration = [0.0] * self.N, [0] * self.N, 0, 0
         self.active = dict.fromkeys(["own clip", "inner clip", "value clip", "huber", "actor norm", "critic norm"], 0)
         self.active |= {"trace cut": 0, "dead": 0, "crashed": 0}
 
@@ -172,6 +172,7 @@ class Reference:
         inner = min(max(g, 1 - eps / 2), 1 + eps / 2)
         joint, M = {
             "mappo": (ratio, A),
+            "rpisa": (ratio, A),
             "coppo": (ratio * inner, A),
             "happo": (ratio, A * g),
             "a2po": (ratio * inner, A),
@@ -221,6 +222,9 @@ class Reference:
         self.log = []
         simultaneous = order is None
         blocks = [list(range(self.n))] if simultaneous else self.cut(order)
+        if self.algorithm == "rpisa":  # the rollout is for one block, the next one for the next
+            blocks = [self.cut(range(self.n))[self.iteration % self.args.agent_blocks]]
+        self.iteration += 1
         (self.algorithm_2 if self.shared or simultaneous else self.algorithm_1)(blocks, gae)
         return self.log
 

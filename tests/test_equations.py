@@ -431,7 +431,7 @@ def test_no_gradient_through_the_other_agents(clipped_surrogate, preceding, adva
     assert others.grad is None or others.grad == 0
 
 
-@function_of("clipped_surrogate", scripts_named("mappo"))
+@function_of("clipped_surrogate", scripts_named("mappo") + scripts_named("rpisa"))
 @pytest.mark.parametrize("case", PPO_CASES)
 def test_mappo_by_hand(clipped_surrogate, case):
     """MAPPO: min(r A, clip(r, 1 +- eps) A), eps = 0.2."""
@@ -459,7 +459,7 @@ def test_first_agent_is_ppo(name, case):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_clip_coef_sets_the_outer_range(name):
     """Every surrogate with eps = 0.05 and no other agents: 1.1 is cut to 1.05, 1.04 is not."""
-    rest = ([2.0, 2.0],) if name.startswith("mappo") else ([1.0, 1.0], [2.0, 2.0])
+    rest = ([2.0, 2.0],) if name.startswith(("mappo", "rpisa")) else ([1.0, 1.0], [2.0, 2.0])
     value, gradient = value_and_gradient(script(name).clipped_surrogate, [1.1, 1.04], *rest, clip_coef=0.05)
     assert value == pytest.approx([2.1, 2.08]) and gradient == pytest.approx([0.0, 2.0])
 
@@ -599,7 +599,7 @@ def test_masked_gradient(module):
         new, values = new.requires_grad_(), torch.randn(6, 5).requires_grad_()
         log_ratio = (new - old) * mask
         advantages = module.normalize_advantages(advantages, mask)
-        extra = [] if module.__name__.startswith("mappo") else [torch.ones(6, 5)]
+        extra = [] if module.__name__.startswith(("mappo", "rpisa")) else [torch.ones(6, 5)]
         surrogate = module.clipped_surrogate(log_ratio.exp(), *extra, advantages, 0.2)
         losses = module.value_loss(values, old_values, targets, 0.2, 10.0)
         (module.masked_mean(losses, mask) - module.masked_mean(surrogate, mask)).backward()

@@ -1,0 +1,1013 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "gymnasium-robotics==1.4.2",
+#   "envpool==1.2.5",
+#   "tyro==1.0.17",
+#   "tensorboard==2.20.0",
+#   "tqdm==4.70.1",
+# ]
+# ///
+"""RPISA-PPO (Figure 13) on multi-agent MuJoCo, with a network per agent.
+
+Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: the agents in turn, cyclically. A rollout
+is for one block of agents alone, the next one for the next block. Nobody has changed when the samples are used, so that
+no correction is needed; but each sample serves one block. Every agent has its own actor and critic; each moves some
+joints of a robot, and all of them see the whole robot.
+
+    python rpisa_mamujoco.py --scenario Ant --partition 4x2
+    python rpisa_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
+
+Read to the end of `main`: that is the paper. What stands below only makes it run.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+from unittest import mock
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.distributions import Normal
+from torch.func import stack_module_state
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+@dataclasses.dataclass
+class Args:
+    scenario: Literal["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Walker2d"] = "Ant"
+    """the robot"""
+    partition: str | None = None
+    """how its joints are shared out, such as 4x2 (4 agents with 2 joints) or 9|8; by default the robot's first one"""
+    env_version: Literal["v2", "v3", "v4", "v5"] = "v5"
+    """version of the task in Gymnasium's numbering; the paper's are v2, the nearest that runs today is v3"""
+    seed: int = 1
+    """seed of the networks, the sampling and the simulator"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run (Fig. 9); a step of all agents counts once"""
+    num_envs: int = 16
+    """environments stepped at once"""
+    num_steps: int | None = None
+    """steps of each environment per iteration; by default what makes 4,000 in all (Table 8, batch size)"""
+
+    learning_rate: float | None = None
+    """of actors and critics (Table 9 by robot)"""
+    gamma: float = 0.99
+    """discount factor (MAPPO default)"""
+    gae_lambda: float | None = None
+    """lambda of the advantage's trace (Table 9 by robot)"""
+    clip_coef: float | None = None
+    """base clipping parameter epsilon (Table 9 by robot)"""
+    action_ratio: Literal["mean", "product"] = "mean"
+    """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
+    update_epochs: int | None = None
+    """P, passes of every agent over the rollout (Table 9 by robot)"""
+    agent_blocks: int | None = None
+    """number of blocks that the agents are updated in (Table 9; where it has none, one for each agent)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (Table 8)"""
+    huber_delta: float = 10.0
+    """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
+    max_grad_norm: float = 10.0
+    """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
+    hidden_size: int = 64
+    """width of all hidden layers (MAPPO default)"""
+
+    eval_every: int = 100_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes per evaluation (MAPPO default)"""
+    save_every: int = 100_000
+    """environment steps between checkpoints"""
+    resume: str = ""
+    """run directory to continue; its settings hold, but for the options given beside it"""
+    eval_only: bool = False
+    """play eval_episodes with --checkpoint, print the result and leave"""
+    checkpoint: str = ""
+    """checkpoint file for --eval-only"""
+    out: str = ""
+    """file to which --eval-only adds its result, as a line of JSON"""
+    exp_name: str = Path(__file__).stem
+    """what the run is called in its folder, plots and W&B"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
+    wandb_project: str = "a2po"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; by default your own"""
+    wandb_group: str = ""
+    """Weights & Biases group, such as the seeds of one experiment"""
+    cuda: bool = True
+    """use a GPU for the networks if there is one"""
+    torch_threads: int | None = None
+    """CPU threads of PyTorch and of the simulator; by default all cores"""
+
+
+# Table 9; the blocks are for algorithms that update agents one after the other, by default one for each agent.
+TABLE_9_COLUMNS = ("update_epochs", "learning_rate", "gae_lambda", "clip_coef")
+TABLE_9 = {
+    "Ant": (8, 3e-4, 0.93, 0.2),
+    "HalfCheetah": (5, 3e-4, 0.93, 0.2),
+    "Hopper": (8, 1e-4, 0.95, 0.1),
+    "Humanoid": (5, 3e-4, 0.9, 0.2),
+    "HumanoidStandup": (5, 3e-4, 0.93, 0.2),
+    "Walker2d": (5, 3e-4, 0.93, 0.2),
+}
+TABLE_9_BLOCKS = {("Ant", "8x1"): 4, ("Humanoid", "17x1"): 5, ("HumanoidStandup", "17x1"): 4}
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al., 2016), as a backward recursion; O(T).
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lambda A_{t+1}
+
+    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
+    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    """
+    terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    advantages = torch.empty_like(deltas)
+    advantages[-1] = deltas[-1]
+    for t in reversed(range(len(deltas) - 1)):
+        advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
+    return advantages
+
+
+def clipped_surrogate(ratio, advantages, clip_coef):
+    """PPO's objective per sample, to be maximised: min(r A, clip(r, 1 +- eps) A), each agent for itself."""
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+
+
+def action_ratio(log_ratios, has_joint, rule):
+    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints.
+
+    product: of the probabilities of its whole action; mean: of its joints' ratios (appendix B.4.2).
+    """
+    if rule == "product":
+        return log_ratios.sum(-1).clamp(-20, 20).exp()
+    return (log_ratios.exp() * has_joint).sum(-1) / has_joint.sum(-1)
+
+
+def value_loss(values, old_values, targets, clip_coef, huber_delta):
+    """Clipped Huber loss per sample, all in normalised units (MAPPO default): the worse of free and clipped value."""
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    free_loss = F.huber_loss(values, targets, reduction="none", delta=huber_delta)
+    clipped_loss = F.huber_loss(clipped, targets, reduction="none", delta=huber_delta)
+    return torch.max(free_loss, clipped_loss)
+
+
+def masked_mean(x, sample, dim=None):
+    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
+
+
+def normalize_advantages(advantages, sample):
+    """Zero mean and unit variance over the samples of the update at hand."""
+    mean = masked_mean(advantages, sample)
+    std = masked_mean((advantages - mean).square(), sample).sqrt()
+    return (advantages - mean) / (std + 1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weights and zero bias (MAPPO default)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
+    return [layer_init(nn.Linear(inputs, outputs)), nn.ReLU(), nn.LayerNorm(outputs)]
+
+
+def mlp(inputs: int, outputs: int, hidden_size: int, gain: float) -> nn.Sequential:
+    """LayerNorm, two ReLU layers with LayerNorm after each, linear head (MAPPO default)."""
+    layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
+    return nn.Sequential(nn.LayerNorm(inputs), *layers, layer_init(nn.Linear(hidden_size, outputs), gain))
+
+
+class GaussianActor(nn.Module):
+    """Mean (..., d), kept within -1 and 1 by tanh, and std (d,), exp(-0.5) at first, of an agent (appendix B.4.2)."""
+
+    def __init__(self, inputs: int, actions: int, hidden_size: int):
+        super().__init__()
+        self.mean = mlp(inputs, actions, hidden_size, gain=0.01)
+        self.log_std = nn.Parameter(torch.full((actions,), -0.5))
+
+    def forward(self, obs):
+        return self.mean(obs).tanh(), self.log_std.exp()
+
+
+class ValueNormalizer(nn.Module):
+    """Running mean and std of the returns, debiased (MAPPO default, beta 0.99999); the critic's unit is 1 std."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # decaying means of 1, x and x^2
+
+    def update(self, returns):
+        if len(returns) > 0:
+            new = torch.stack([returns.double() ** power for power in range(3)]).mean(1)
+            self.moments.lerp_(new, 1 - self.beta)
+
+    def statistics(self):
+        _, mean, mean_square = self.moments / self.moments[0].clamp(min=1e-5)
+        variance = (mean_square - mean.square()).clamp(min=1e-2)
+        return mean.float(), variance.sqrt().float()
+
+    def normalize(self, returns):
+        mean, std = self.statistics()
+        return (returns - mean) / std
+
+    def denormalize(self, values):
+        mean, std = self.statistics()
+        return values * std + mean
+
+
+class ObservationNormalizer(nn.Module):
+    """Running mean and variance of the observations; normalised ones are clipped to 10 (as Gymnasium and SB3 do)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+
+    def update(self, obs):
+        """obs (B, size): merge the batch's moments into the running ones."""
+        total, (variance, mean) = self.count + len(obs), torch.var_mean(obs, 0, correction=0)
+        change, share = mean - self.mean, len(obs) / total
+        self.mean = self.mean + change * share
+        self.variance = torch.lerp(self.variance, variance, share) + change.square() * share * (1 - share)
+        self.count = total
+
+    def forward(self, obs):
+        return ((obs - self.mean) / (self.variance + 1e-8).sqrt()).clamp(-10, 10).float()
+
+
+# ---------------------------------------------------------------------------------------- networks over a rollout
+@torch.no_grad()
+def joint_policies(actors: nn.ModuleList):
+    """All agents' policies in one batched pass: a function of obs (B, obs_dim) to mean (n, B, d) and std (n, 1, d).
+
+    It works on a copy of the parameters: make it anew when they have changed.
+    """
+    weights, _ = stack_module_state(list(actors))  # (n, ...)
+    std = weights["log_std"].exp().unsqueeze(1)
+    layers = []
+    for k in (0, 3, 6):  # a LayerNorm's scale and shift go into the linear layer behind it
+        scale, shift = weights[f"mean.{k}.weight"].unsqueeze(1), weights[f"mean.{k}.bias"].unsqueeze(2)
+        weight, bias = weights[f"mean.{k + 1}.weight"], weights[f"mean.{k + 1}.bias"].unsqueeze(2)
+        layers.append(((bias + weight @ shift).mT, (weight * scale).mT))
+
+    def policies(obs):
+        x = obs.expand(len(std), *obs.shape)
+        for bias, weight in layers[:-1]:
+            x = torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:]), weight).relu()
+        bias, weight = layers[-1]
+        return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:]), weight).tanh(), std
+
+    return policies
+
+
+@torch.no_grad()
+def act(policies, obs, greedy=False):
+    """A step of all agents from obs (N, obs_dim): actions and the log-probability of each joint's, (N, n, d)."""
+    policy = Normal(*policies(obs), validate_args=False)
+    actions = policy.mean if greedy else policy.sample()
+    return actions.transpose(0, 1), policy.log_prob(actions).transpose(0, 1)
+
+
+def policy_change(actor, rollout, agent):
+    """An agent's policy now against the policy that sampled.
+
+    Returns log r (T, N, d) for each of its joints, where r is the ratio of the probability densities of what was done,
+    0 where there is no sample or no such joint; and the entropy of the policy now (T, N).
+    """
+    policy = Normal(*actor(rollout.obs[:-1]), validate_args=False)
+    has_joint, sample = rollout.has_joint[agent], rollout.sample[..., agent].unsqueeze(-1)
+    log_ratios = policy.log_prob(rollout.actions[:, :, agent]) - rollout.log_probs[:, :, agent]
+    return (log_ratios * has_joint * sample).clamp(-20, 20), (policy.entropy() * has_joint).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args):
+    args = complete_args(args)
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    gamma, gae_lambda = args.gamma, args.gae_lambda
+
+    envs = make_envs(args)
+    (obs_dim,) = envs.single_observation_space["obs"].shape
+    n, d = envs.single_action_space.shape
+    has_joint = torch.tensor(envs.unwrapped.has_joint, dtype=torch.float32, device=device)
+
+    if args.agent_blocks > n:
+        usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
+
+    H = args.hidden_size
+    actors = nn.ModuleList([GaussianActor(obs_dim, d, H) for _ in range(n)]).to(device)
+    critics = nn.ModuleList([mlp(obs_dim, 1, H, gain=1.0) for _ in range(n)]).to(device)
+    normalizer = ValueNormalizer().to(device)
+    obs_normalizer = ObservationNormalizer(obs_dim).to(device)
+    # One for all networks: a step leaves those alone that have no gradient.
+    optimizer = torch.optim.Adam([*actors.parameters(), *critics.parameters()], lr=args.learning_rate, eps=1e-5)
+    learned = {"actor": actors, "critic": critics, "optimizer": optimizer}
+    learned |= {"normalizer": normalizer, "obs_normalizer": obs_normalizer}
+    run = Run(args, envs, device, learned, hidden={})
+    if args.eval_only:
+        return run.report(evaluate(actors, obs_normalizer, make_envs(args, evaluation=True), device))
+
+    with run:
+        while run.goes_on():
+            # ------------------------------------------------------------------------------------------- rollout
+            steps, policies = [], joint_policies(actors)
+            for _ in range(args.num_steps):
+                step = envs.look(device)
+                seen = step["obs"]
+                step["obs"] = obs_normalizer(seen)
+                obs_normalizer.update(seen)
+                step["actions"], step["log_probs"] = act(policies, step["obs"])
+                step["rewards"], step["terminated"], _ = envs.play(step["actions"])
+                steps.append(step)
+            steps.append(envs.look(device))  # what the last step's next value is of
+            steps[-1]["obs"] = obs_normalizer(steps[-1]["obs"])
+
+            # Time-major: (T, N, n, ...), and one step more of what was seen; obs (T+1, N, obs_dim) are all agents'.
+            rollout = SimpleNamespace(has_joint=has_joint)
+            for name in steps[0]:
+                setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
+            rollout.sample = (1 - rollout.final[:-1]).unsqueeze(-1).expand(-1, -1, n)
+            rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
+
+            # Values in units of return, as the normaliser is now.
+            with torch.no_grad():
+                values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
+            run.lap("rollout")
+
+            # -------------------------------------------------------------------------------------------- update
+            advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
+            targets = advantages + values[:-1]
+            normalizer.update(targets[rollout.sample.bool()])
+            old_values = normalizer.normalize(values[:-1])
+            run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
+
+            # This rollout is for one block of agents, in cyclic order.
+            blocks = torch.arange(n).tensor_split(args.agent_blocks)
+            agents = blocks[run.progress["iteration"] % len(blocks)]
+            for _ in range(args.update_epochs):
+                for i in agents.tolist():
+                    log_ratios, entropy = policy_change(actors[i], rollout, i)
+                    ratio = action_ratio(log_ratios, has_joint[i], args.action_ratio)
+                    sample = rollout.sample[..., i]
+                    normalized_advantages = normalize_advantages(advantages[..., i], sample)
+                    surrogate = clipped_surrogate(ratio, normalized_advantages, args.clip_coef)
+                    policy_loss = -masked_mean(surrogate, sample)
+                    entropy = masked_mean(entropy, sample)
+
+                    new_values, old = critics[i](rollout.obs[:-1]).squeeze(-1), old_values[..., i]
+                    normalized_targets = normalizer.normalize(targets[..., i])
+                    losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
+                    critic_loss = masked_mean(losses, sample)
+
+                    optimizer.zero_grad()
+                    (policy_loss - args.ent_coef * entropy + critic_loss).backward()
+                    actor_norm = nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
+                    critic_norm = nn.utils.clip_grad_norm_(critics[i].parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    ratios = ratio_statistics(ratio.log(), torch.ones_like(ratio), sample, args.clip_coef)
+                    run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
+                    run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
+            run.lap("update")
+
+            # --------------------------------------------------------------------------------- log, evaluate, save
+            run.log(int((1 - rollout.final[:-1]).sum()), envs.finished())
+            if run.is_due(args.eval_every):
+                run.log_evaluation(evaluate(actors, obs_normalizer, make_envs(args, evaluation=True), device))
+            if run.is_due(args.save_every):
+                run.save()
+
+
+# ------------------------------------------------------------------------------------- evaluation, what is logged
+def evaluate(actors, obs_normalizer, envs, device) -> list[dict[str, float]]:
+    """A greedy episode in each environment, from its start, with what `Episodes.finished` says of it."""
+    policies, played = joint_policies(actors), {}
+    envs.reset()
+    while len(played) < envs.num_envs:
+        actions, _ = act(policies, obs_normalizer(envs.look(device)["obs"]), greedy=True)
+        envs.play(actions)
+        for episode in envs.finished():
+            played.setdefault(episode["env"], episode)
+    envs.close()
+    return [played[env] for env in range(envs.num_envs)]
+
+
+def summarize(episodes: list[dict[str, float]]) -> dict[str, float]:
+    """Means over episodes, by the names that they are logged under."""
+    returns, lengths = ([e[name] for e in episodes] for name in ("return", "length"))
+    return {"episodic_return": np.mean(returns), "episodic_length": np.mean(lengths)}
+
+
+def explained_variance(advantages, targets, sample):
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
+    advantages, targets = advantages[sample.bool()], targets[sample.bool()]
+    return (1 - advantages.var() / targets.var()).nan_to_num(0, 0, 0)
+
+
+@torch.no_grad()
+def ratio_statistics(log_ratio, preceding_ratio, sample, clip_coef):
+    """Of the ratios in an update: the mean, the approximate KL divergence, and the shares of what is clipped."""
+    ratio, preceding = log_ratio.exp(), preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+    return {
+        "ratio": masked_mean(ratio, sample),
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, sample),
+        "clipfrac": masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), sample),
+        "preceding_clipfrac": masked_mean((preceding != preceding_ratio).float(), sample),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+PARTITIONS = {
+    "Ant": ("4x2", "2x4", "2x4d", "8x1"),
+    "HalfCheetah": ("2x3", "3x2", "6x1"),
+    "Hopper": ("3x1",),
+    "Humanoid": ("9|8", "17x1"),
+    "HumanoidStandup": ("9|8", "17x1"),
+    "Walker2d": ("2x3", "3x2", "6x1"),
+}
+# The paper's partitions that Gymnasium-Robotics lacks or, like Ant's diagonal legs, has otherwise, by the names of its
+# joints. In Nx1 every agent has one joint.
+OTHER_PARTITIONS = {
+    ("Ant", "2x4d"): (("hip1", "ankle1", "hip3", "ankle3"), ("hip2", "ankle2", "hip4", "ankle4")),
+    ("HalfCheetah", "3x2"): (("bfoot", "bshin"), ("bthigh", "ffoot"), ("fshin", "fthigh")),
+    ("Walker2d", "3x2"): (
+        ("foot_joint", "leg_joint"),
+        ("thigh_joint", "foot_left_joint"),
+        ("leg_left_joint", "thigh_left_joint"),
+    ),
+}
+
+
+def agent_joints(scenario: str, partition: str) -> list[list[int]]:
+    """For each agent the indices of its joints in the action of the whole robot."""
+    with mock.patch("builtins.print"):  # it has a notice of other robots
+        from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+
+    joints = {joint.label: joint.act_ids for joint in get_parts_and_edges(scenario, None)[0][0]}
+    if partition.endswith("x1"):
+        return [[index] for index in joints.values()]
+    if (scenario, partition) in OTHER_PARTITIONS:
+        return [[joints[name] for name in part] for part in OTHER_PARTITIONS[scenario, partition]]
+    return [[joint.act_ids for joint in part] for part in get_parts_and_edges(scenario, partition)[0]]
+
+
+class MaMuJoCo(gym.vector.VectorEnv):
+    """Several copies of a robot in EnvPool's threads (next-step autoreset), its action shared out among the agents.
+
+    Observations are dictionaries of one: `obs` (N, obs_dim), the whole robot's and every agent's; rewards are the
+    team's, (N,). Actions are (N, n, d) with the d of the agent that has most joints: `has_joint` (n, d) tells which
+    count. They are in units of the joints' range, -1 to 1, and clipped to it.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, scenario: str, partition: str, version: str, num_envs: int, seed: int, threads: int):
+        import envpool
+
+        task, threads = f"{scenario}-{version}", min(threads, num_envs)
+        self.envs = envpool.make(task, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
+        joints = agent_joints(scenario, partition)
+        n, d = len(joints), max(map(len, joints))
+        self.has_joint = np.array([[k < len(mine) for k in range(d)] for mine in joints])
+        self._place = np.argsort(np.concatenate(joints))  # of the robot's joints in the agents' joints, end to end
+        self._low, self._high = self.envs.action_space.low, self.envs.action_space.high
+        self.num_envs = num_envs
+        obs_space = gym.spaces.Box(-np.inf, np.inf, self.envs.observation_space.shape, np.float64)
+        self.single_observation_space = gym.spaces.Dict(obs=obs_space)
+        self.single_action_space = gym.spaces.Box(-1, 1, (n, d), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        """EnvPool takes its seed when it is made; `seed` is not used."""
+        obs, _ = self.envs.reset()
+        return {"obs": obs}, {}
+
+    def joint_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions of the agents (N, n, d) -> action of the robot (N, joints), in the simulator's order and units."""
+        whole = actions[:, self.has_joint][:, self._place].clip(-1, 1)
+        return self._low + (whole + 1) / 2 * (self._high - self._low)
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, _ = self.envs.step(self.joint_actions(actions))
+        return {"obs": obs}, reward, terminated, truncated, {}
+
+    def get_state(self):
+        """EnvPool cannot be saved."""
+
+    def close(self):
+        self.envs.close()
+
+
+class GamesFailed(SystemExit):
+    """Games failed again and again. Not caught, it ends the program with its one line."""
+
+
+class Episodes(gym.vector.VectorWrapper):
+    """What a rollout has to know of its episodes, with next-step autoreset.
+
+    `start` (N,) is 1 where the last observation is the first of an episode; `final` (N,) where it is the last: then the
+    next action is ignored, and the next step is no sample.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        self.obs = None  # until the first reset
+        self.crashes = 0  # episodes that were dropped because a game was lost
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.start, self.final = np.ones(self.num_envs, np.float32), np.zeros(self.num_envs, np.float32)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs)
+        self.ended = []
+        return self.obs, info
+
+    def look(self, device) -> dict[str, torch.Tensor]:
+        """What is seen now, name -> (N, ...)."""
+        seen = self.obs | {"start": self.start, "final": self.final}
+        return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
+
+    def play(self, actions):
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        return self.record(actions, *self.env.step(actions.cpu().numpy()))
+
+    def record(self, actions, obs, rewards, terminated, truncated, info):
+        ended, crashed = terminated | truncated, info.get("crashed", np.zeros(self.num_envs, bool))
+        self.crashes += int(np.count_nonzero(crashed & (self.final == 0)))
+        self.obs, self.start, self.final = obs, self.final, ended.astype(np.float32)
+        rewards = rewards.reshape(self.num_envs, -1)  # the team's or every agent's
+        self.returns = (self.returns + rewards.mean(1)) * (1 - self.start)
+        self.lengths = (self.lengths + 1) * (1 - self.start)
+        for e in np.flatnonzero(ended & ~crashed):
+            numbers = {name: values[e].item() for name, values in info.get("episode", {}).items()}
+            numbers |= {"return": round(float(self.returns[e]), 4), "length": int(self.lengths[e])}
+            self.ended.append({"env": int(e)} | numbers)
+        tensors = [torch.as_tensor(x, device=actions.device).float() for x in (rewards, terminated, crashed)]
+        return tensors[0].expand(actions.shape[:2]), *tensors[1:]
+
+    def finished(self) -> list[dict[str, float]]:
+        """The episodes that have ended since the last call: env, return (the agents' mean, undiscounted), length, and
+        the simulator's own numbers."""
+        ended, self.ended = self.ended, []
+        return ended
+
+    def get_state(self) -> dict | None:
+        simulator = None if self.obs is None else self.env.get_state()
+        if simulator is None:
+            return None
+        obs = {name: torch.tensor(value) for name, value in self.obs.items()}
+        episodes = [torch.tensor(x) for x in (self.start, self.final, self.returns, self.lengths)]
+        return {"simulator": simulator, "obs": obs, "episodes": episodes}
+
+    def set_state(self, state: dict | None):
+        """Back to what get_state returned; to new episodes where the simulator cannot be saved."""
+        self.reset()
+        if state is not None:
+            self.env.set_state(state["simulator"])
+            self.obs = {name: value.numpy() for name, value in state["obs"].items()}
+            self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
+
+
+def make_envs(args: Args, evaluation: bool = False) -> Episodes:
+    """Environments for training, with other episodes after --resume, or for evaluation, always with the same ones."""
+    iteration = read_checkpoint(*saved_in(args))["progress"]["iteration"] if args.resume else 0
+    num_envs, stream = (args.eval_episodes, 1) if evaluation else (args.num_envs, 2 * iteration)
+    seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1)[0] >> 1)
+    threads = args.torch_threads
+    return Episodes(MaMuJoCo(args.scenario, args.partition, args.env_version, num_envs, seed, threads))
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+PACKAGES = ("torch", "numpy", "gymnasium", "gymnasium_robotics", "envpool")  # whose versions are written down
+TASK = ("scenario", "partition", "env_version")  # a checkpoint's networks are for these
+GAMES = ()  # its saved games are of these, too: there are none
+SCORE = "episodic_return"  # what evaluations are about
+RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
+
+
+def task_name(args: Args) -> str:
+    return f"{args.scenario}-{args.partition}"
+
+
+def usage_error(option: str, value, allowed: str):
+    """One line that names the option, the value and what is allowed; exit status 2."""
+    print(f"{Path(__file__).name}: error: {option} {value}: {allowed}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_of(value: str, names, more: str = "") -> str:
+    """What to say of a name that is none of `names`: what is allowed, and which may have been meant."""
+    meant = difflib.get_close_matches(value, names, 1)
+    return f"must be one of {', '.join(names)}{more}" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
+def read_checkpoint(path: Path, option: str) -> dict:
+    """A checkpoint of one of these scripts; anything else is an error in `option`."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"args", "script", "learned"} <= set(checkpoint):
+            raise ValueError("other contents")
+    except FileNotFoundError:
+        usage_error(option, path, "no such file")
+    except Exception:
+        usage_error(option, path, "is not a checkpoint of this script, as it is now")
+    return checkpoint
+
+
+class Run:
+    """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
+
+    It is over after total_timesteps or at the end of the iteration in which Ctrl-C or SIGTERM comes (a second one ends
+    it at once). In any case, and also when its games fail, what was learned is saved.
+    """
+
+    def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):
+        """learned: networks, normalisers, optimisers; hidden: states of GRUs. Both go into checkpoints, by name."""
+        self.args, self.envs, self.device, self.learned, self.hidden = args, envs, device, learned, hidden
+        self.progress = {"global_step": 0, "iteration": 0, "seconds": 0.0}
+        self.noted, self.scores, self.stop_signal = {}, {"sampled": math.nan, "greedy": math.nan}, 0
+        self.checkpoint = self.load(*saved_in(args)) if args.resume or args.eval_only else None
+        with writing("--out", args.out):
+            self.out = open(args.out, "a") if args.out else None
+
+    def load(self, path: Path, option: str) -> dict:
+        checkpoint = read_checkpoint(path, option)
+        saved = checkpoint["args"] | {"script": checkpoint["script"]}
+        same = {name: getattr(self.args, name) for name in TASK}
+        if self.args.resume:
+            same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
+        for name, value in same.items():
+            if saved[name] != value:
+                usage_error(option, path, f"is of {name} {saved[name]}, not of {value}")
+        try:
+            for name, part in self.learned.items():
+                if self.args.resume or name in checkpoint["learned"]:
+                    part.load_state_dict(checkpoint["learned"][name])
+        except (KeyError, ValueError, RuntimeError):
+            usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
+        for part in self.learned.values():
+            if isinstance(part, torch.optim.Optimizer):
+                part.param_groups[0]["lr"] = self.args.learning_rate
+        done, total = checkpoint.get("progress", {}).get("global_step", 0), self.args.total_timesteps
+        if self.args.resume and done >= total:
+            print(f"{path.parent}: nothing is left to do, {done:,} steps are done and --total-timesteps is {total:,}")
+            self.envs.close()
+            raise SystemExit
+        return checkpoint
+
+    def report(self, episodes: list[dict[str, float]]):
+        """Of --eval-only: mean and standard deviation over the episodes; everything goes to --out."""
+        numbers = {name: [episode[name] for episode in episodes] for name in (*RAW.values(), "length")}
+        text = ", ".join(f"{name} {np.mean(values):.3f} (std {np.std(values):.3f})" for name, values in numbers.items())
+        print(f"{len(episodes)} greedy episodes: {text}")
+        if self.out:
+            step = self.checkpoint.get("progress", {}).get("global_step")
+            record = {"checkpoint": self.args.checkpoint, "script": self.checkpoint["script"], "step": step}
+            record |= {name: getattr(self.args, name) for name in (*TASK, *GAMES, "seed")}
+            print(json.dumps(record | {SCORE: summarize(episodes)[SCORE]} | numbers), file=self.out)
+            self.out.close()
+        self.envs.close()
+
+    def __enter__(self):
+        name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
+        self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
+        self.evaluations, self.lock = self.folder / "eval.jsonl", lock_folder(self.folder)
+        with writing("--resume" if self.args.resume else "new run", self.folder):
+            config = self.write_config()
+            if self.checkpoint:
+                self.go_back()
+            step = self.progress["global_step"]
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        if not self.checkpoint:
+            self.envs.reset()
+            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
+            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
+        if self.args.track:
+            import wandb
+
+            team, group = self.args.wandb_entity or None, self.args.wandb_group or None
+            named = {"project": self.args.wandb_project, "entity": team, "group": group, "name": self.folder.name}
+            named["id"] = re.sub(r"[^\w.-]", "-", self.folder.name)
+            wandb.init(**named, resume="allow", config=config, allow_val_change=True, sync_tensorboard=True)
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
+        self.begin = time.perf_counter() - self.progress["seconds"]
+        return self
+
+    def write_config(self) -> dict:
+        """config.json: the settings that the run began with; and of each stretch, one for every start of this program,
+        its first step, the settings that were others by then, and what it ran on."""
+        settings = dataclasses.asdict(self.args) | {"resume": ""}
+        versions = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+        ran_on = {"device": str(self.device), "git_commit": git_commit(), "versions": versions}
+        config = settings | {"script": Path(__file__).stem} | ran_on | {"stretches": []}
+        file, step = self.folder / "config.json", 0
+        if self.checkpoint:
+            step = self.checkpoint["progress"]["global_step"]
+            with contextlib.suppress(OSError, ValueError):  # else what it began with is not known any more
+                config |= json.loads(file.read_text())
+        changed = {name: value for name, value in settings.items() if config[name] != value}
+        config["stretches"].append({"step": step, "changed": changed} | ran_on)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+        print(f"{self.folder}, from step {step:,}" if step else self.folder)
+        cells = [f"  {name:<16} {value!s:<18}" for name, value in settings.items() if value not in ("", None)]
+        print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)))
+        return config
+
+    def __exit__(self, kind, error, trace):
+        disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+        saved = kind not in (None, GamesFailed) or self.save()
+        self.bar.close()
+        with contextlib.suppress(OSError):  # its thread fails again where the disk is full
+            self.writer.close()
+        self.envs.close()
+        os.close(self.lock)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if disk or not saved:
+            sys.exit(f"{self.folder} cannot be written{f', {error}' if disk else ''}; the last checkpoint is as it was")
+        if kind is GamesFailed:
+            sys.exit(f"{error}; go on with --resume {self.folder}")
+        if kind is None and self.progress["global_step"] >= self.args.total_timesteps:
+            score = f"{SCORE.replace('_', ' ')} {self.scores['greedy']:.3f}"
+            print(f"{self.folder} is complete; the last greedy {score}", file=sys.stderr)
+        elif kind is None:
+            print(f"stopped by signal {self.stop_signal}; go on with --resume {self.folder}", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+
+    def ask_to_stop(self, number, frame):
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+        text = "\nstopping: saves at the end of this iteration or evaluation; a second signal ends it at once\n"
+        os.write(2, text.encode())  # print must not interrupt itself
+
+    def go_back(self):
+        """To where the checkpoint was written; evaluations after it will be done again."""
+        self.progress = self.checkpoint["progress"]
+        self.envs.crashes = self.progress["crashes"]
+        torch.set_rng_state(self.checkpoint["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in self.checkpoint:
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+        self.envs.set_state(self.checkpoint["envs"])
+        self.hidden |= {name: states.to(self.device) for name, states in self.checkpoint["hidden"].items()}
+        if self.evaluations.exists():
+            lines = [line for line in self.evaluations.read_text().splitlines() if line.endswith("}")]  # whole ones
+            kept = [line for line in lines if json.loads(line)["step"] <= self.progress["global_step"]]
+            self.evaluations.write_text("".join(f"{line}\n" for line in kept))
+
+    def save(self) -> bool:
+        """To a temporary file that is then renamed: a crash while writing leaves the last good one. Whether it worked;
+        with the next one there may be room on the disk again."""
+        self.progress["crashes"] = self.envs.crashes
+        contents = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "script": Path(__file__).stem}
+        contents |= {"learned": {name: part.state_dict() for name, part in self.learned.items()}}
+        contents |= {"hidden": self.hidden, "envs": self.envs.get_state(), "progress": self.progress}
+        contents |= {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            contents["cuda_rng"] = torch.cuda.get_rng_state()
+        temporary, buffer = self.folder / "checkpoint.tmp", io.BytesIO()
+        torch.save(contents, buffer)
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        except OSError as error:
+            print(f"\n{self.folder} was not saved: {error.strerror}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        return True
+
+    def goes_on(self) -> bool:
+        """Whether there is another iteration; its time begins."""
+        self.lap_begin, self.seconds = time.perf_counter(), {}
+        return self.progress["global_step"] < self.args.total_timesteps and not self.stop_signal
+
+    def lap(self, name: str):
+        """The seconds since the last call, or the iteration's begin, were for this part of it."""
+        now = time.perf_counter()
+        self.seconds[name], self.lap_begin = now - self.lap_begin, now
+
+    def note(self, group: str, **numbers):
+        """Numbers of which the iteration's mean will be logged, as group/name."""
+        for name, number in numbers.items():
+            self.noted.setdefault(f"{group}/{name}", []).append(torch.as_tensor(number, device=self.device).detach())
+
+    def log(self, steps: int, episodes: list[dict[str, float]]):
+        """An iteration is over: what was noted, the episodes that ended in it, and its speed."""
+        means = torch.stack([torch.stack(values).float().mean() for values in self.noted.values()]).tolist()
+        scalars = dict(zip(self.noted, means, strict=True))
+        if not all(math.isfinite(mean) for mean in means):
+            number = self.progress["iteration"] + 1
+            sys.exit(f"iteration {number}: a loss or gradient is not finite; the last checkpoint is as it was")
+        self.noted, self.steps = {}, steps
+        self.progress["iteration"] += 1
+        self.progress["global_step"] += steps
+        self.progress["seconds"] = time.perf_counter() - self.begin
+        scalars |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        scalars["charts/SPS"] = steps / sum(self.seconds.values())
+        scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/crashes": self.envs.crashes}
+        if episodes:
+            summary = summarize(episodes)
+            self.scores["sampled"] = summary[SCORE]
+            scalars |= {f"charts/{name}": value for name, value in summary.items()}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.progress["global_step"])
+        self.bar.update(steps)
+        scores = ", ".join(f"{kind} {score:.2f}" for kind, score in self.scores.items())
+        self.bar.set_postfix_str(f"SPS {scalars['charts/SPS']:.0f}, {SCORE.replace('_', ' ')}: {scores}")
+
+    def is_due(self, every: int) -> bool:
+        """Whether the iteration passed a multiple of `every` steps, or the end of the run."""
+        before, now = self.progress["global_step"] - self.steps, self.progress["global_step"]
+        return before // every < now // every or now >= self.args.total_timesteps
+
+    def log_evaluation(self, episodes: list[dict[str, float]]):
+        summary = summarize(episodes)
+        self.scores["greedy"] = summary[SCORE]
+        step, seconds = self.progress["global_step"], round(self.progress["seconds"], 2)
+        record = {"step": step, "seconds": seconds, SCORE: summary[SCORE]}
+        record |= {name: [episode[number] for episode in episodes] for name, number in RAW.items()}
+        with self.evaluations.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in summary.items():
+            self.writer.add_scalar(f"eval/{name}", value, step)
+
+
+@contextlib.contextmanager
+def writing(option: str, path):
+    """What cannot be written in here is an error in `option`."""
+    try:
+        yield
+    except OSError as error:
+        usage_error(option, path, f"cannot be written: {error.strerror}")
+
+
+def new_folder(name: str) -> Path:
+    """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
+    while True:
+        folder = Path("runs") / f"{name}__{int(time.time())}"
+        with writing("new run", folder), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        time.sleep(0.1)
+
+
+def lock_folder(folder: Path) -> int:
+    """From here on no other process may work on this run, until the result is closed or this process ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        usage_error("--resume", folder, "another process is at work on it")
+    return lock
+
+
+def git_commit() -> str | None:
+    """Of the repository that the script is in, with -dirty if something there was changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    except OSError:
+        return None  # there is no git
+    return found.stdout.strip() or None
+
+
+def saved_in(args: Args) -> tuple[Path, str]:
+    """The checkpoint that --resume or --eval-only asks for, and the option to blame if it is no good."""
+    if args.eval_only:
+        if not args.checkpoint or args.resume:
+            usage_error("--eval-only", args.eval_only, "needs --checkpoint FILE, and no --resume")
+        if Path(args.checkpoint).is_dir():
+            usage_error("--checkpoint", args.checkpoint, f"is a folder; give {Path(args.checkpoint, 'checkpoint.pt')}")
+        return Path(args.checkpoint), "--checkpoint"
+    for option, value in (("--checkpoint", args.checkpoint), ("--out", args.out)):
+        if value:
+            usage_error(option, value, "is for --eval-only; to go on with a run use --resume RUN_DIR")
+    if Path(args.resume).is_file():
+        usage_error("--resume", args.resume, f"is a file; give its folder, {Path(args.resume).parent}")
+    if args.resume and not Path(args.resume, "checkpoint.pt").is_file():
+        usage_error("--resume", args.resume, "must be a run directory with a checkpoint.pt in it")
+    return Path(args.resume, "checkpoint.pt"), "--resume"
+
+
+def parse_args(argv=None) -> Args:
+    """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
+    types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
+    for place, (option, value) in enumerate(itertools.pairwise(words), start=1):
+        kind = types.get(option.replace("_", "-"))
+        if kind is bool and value.lower() in ("true", "false"):
+            usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
+        if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():
+            words[place] = str(int(float(value)))  # 1e6
+    args = tyro.cli(Args, args=words)
+    path, option = saved_in(args)
+    if not (args.resume or args.eval_only):
+        return args
+    checkpoint = read_checkpoint(path, option)
+    try:
+        defaults = Args(**checkpoint["args"])
+    except TypeError:
+        usage_error(option, path, f"was written by another script than {Path(__file__).name}")
+    args = tyro.cli(Args, default=defaults, args=words)
+    if args.resume and "progress" not in checkpoint:
+        usage_error(option, path, "is a policy, without the run that it comes from")
+    return args
+
+
+def complete_args(args: Args) -> Args:
+    """Fill in what depends on the task and the machine, and check the options."""
+    partitions = PARTITIONS[args.scenario]
+    partition = args.partition or partitions[0]
+    if partition not in partitions:
+        usage_error("--partition", partition, f"with --scenario {args.scenario} it {one_of(partition, partitions)}")
+    n = 2 if partition == "9|8" else int(partition.split("x")[0])
+    defaults = dict(zip(TABLE_9_COLUMNS, TABLE_9[args.scenario], strict=True)) | {
+        "partition": partition,
+        "agent_blocks": TABLE_9_BLOCKS.get((args.scenario, partition), n),
+        "num_steps": max(1, 4000 // max(1, args.num_envs)),
+        "torch_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    missing = {name: defaults[name] for name, value in vars(args).items() if value is None}
+    args = dataclasses.replace(args, **missing)
+    check_args(args)
+    versions = ("v2" if args.scenario == "HumanoidStandup" else "v3", "v4", "v5")
+    if args.env_version not in versions:
+        usage_error(
+            "--env-version",
+            args.env_version,
+            f"with --scenario {args.scenario} it {one_of(args.env_version, versions)}",
+        )
+    return args
+
+
+def check_args(args: Args):
+    """What holds for all options of a kind."""
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "seed":
+            if not 0 <= value <= 2147483:
+                usage_error(option, value, "must be within 0 and 2147483")
+        elif type(value) is int and value < 1:
+            limit = ", and at most the number of agents" if name == "agent_blocks" else ""
+            usage_error(option, value, "must be at least 1" + limit)
+        elif name in ("gamma", "gae_lambda", "clip_adaptation", "local_ratio") and not 0 <= value <= 1:
+            usage_error(option, value, "must be within 0 and 1")
+        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+            usage_error(option, value, "must be a number above 0")
+        elif type(value) is float and not 0 <= value < math.inf:
+            usage_error(option, value, "must be a number of at least 0")
+    if not re.fullmatch(r"[\w.=+-]+", args.exp_name) or "__" in args.exp_name:
+        usage_error("--exp-name", args.exp_name, "must be of letters, digits and . = + - _, without __")
+    if args.track and not args.eval_only:
+        if importlib.util.find_spec("wandb") is None:
+            usage_error("--track", args.track, "needs Weights & Biases: pip install wandb==0.31.0")
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            usage_error("--track", args.track, "needs `wandb login`, or WANDB_MODE=offline")
+
+
+if __name__ == "__main__":
+    main(parse_args())
