@@ -1117,8 +1117,9 @@ class Run:
     def __enter__(self):
         name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
         self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
-        self.evaluations, self.lock = self.folder / "eval.jsonl", lock_folder(self.folder)
+        self.evaluations = self.folder / "eval.jsonl"
         with writing("--resume" if self.args.resume else "new run", self.folder):
+            self.lock = lock_run(self.folder)
             config = self.write_config()
             if self.checkpoint:
                 self.go_back()
@@ -1167,7 +1168,7 @@ class Run:
         with contextlib.suppress(OSError):  # its thread fails again where the disk is full
             self.writer.close()
         self.envs.close()
-        os.close(self.lock)
+        self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if disk or not saved:
@@ -1298,9 +1299,9 @@ def new_folder(name: str) -> Path:
         time.sleep(0.1)
 
 
-def lock_folder(folder: Path) -> int:
+def lock_run(folder: Path):
     """From here on no other process may work on this run, until the result is closed or this process ends."""
-    lock = os.open(folder, os.O_RDONLY)
+    lock = (folder / "config.json").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

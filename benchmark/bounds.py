@@ -18,6 +18,7 @@ policies and advantages (B, S, K), agent 1 being the slowest index of K.
 """
 
 import collections
+import contextlib
 import importlib.util
 import json
 import sys
@@ -44,6 +45,7 @@ class Args:
     """steps of the hill climb after tight or broken inequalities (0: none)"""
 
 
+FILES = ("raw.jsonl", "hardest.jsonl", "summary.json", "table.md", "errors.png", "improvement.png")
 # What is checked: key -> (where it stands, what it says). "agent": one check per agent, else one per joint update.
 INEQUALITIES = {
     "prop1": ("Proposition 1, Eq. (1)", "agent, uncorrected surrogate, as printed: eps = max of A^pi"),
@@ -621,7 +623,8 @@ def plot_improvement(rows, path):
 
 
 def fail(message):
-    print(f"bounds.py: {message}", file=sys.stderr)
+    """One line; exit status 2."""
+    print(f"bounds.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -636,11 +639,22 @@ def check_arguments(args):
         fail(f"--climb-steps {args.climb_steps}: must not be negative")
     if importlib.util.find_spec("matplotlib") is None:
         fail("matplotlib is missing: pip install -r benchmark/requirements.txt")
-    try:
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "raw.jsonl").touch()
+        for file in map(args.out.joinpath, FILES):  # before there is something to write
+            new = not file.exists()
+            file.open("ab").close()
+            if new:
+                file.unlink()
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """What cannot be written in here is an error in --out."""
+    try:
+        yield
     except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
+        fail(f"--out {folder}: cannot be written: {error.strerror}")
 
 
 def study(games, seed, gae_lambda, quiet=False):
@@ -722,16 +736,21 @@ def main(args: Args):
     summary["shares"] = {name: float(x.mean()) for name, x in shares.items()}
     summary["improvement"] = improvement
 
-    (args.out / "raw.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in raw))
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot_errors(raw, args.out / "errors.png")
-    plot_improvement(improvement, args.out / "improvement.png")
-    with open(args.out / "hardest.jsonl", "w") as file:
+    with writing(args.out):
+        write(args.out, raw, climbed, summary)
+    print(markdown(summary))
+
+
+def write(out, raw, climbed, summary):
+    (out / "raw.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in raw))
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot_errors(raw, out / "errors.png")
+    plot_improvement(summary["improvement"], out / "improvement.png")
+    with open(out / "hardest.jsonl", "w") as file:
         for key, (ratio, game, base, new) in climbed.items():
             arrays = {name: x[0].tolist() for name, x in (game._asdict() | {"base": base, "new": new}).items()}
             file.write(json.dumps({"inequality": key, "ratio": ratio} | arrays) + "\n")
-    (args.out / "table.md").write_text(markdown(summary) + "\n")
-    print(markdown(summary))
+    (out / "table.md").write_text(markdown(summary) + "\n")
 
 
 def markdown(summary):
@@ -766,4 +785,7 @@ def markdown(summary):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

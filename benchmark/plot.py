@@ -3,25 +3,40 @@
     python benchmark/plot.py benchmark/results/table2/3s5z-smax --out curves.png curves.svg
     python benchmark/plot.py runs --statistic iqm --out curves.png --efficiency efficiency.svg --table table.md
 
-What it reads: run directories (`runs/{task}__{script}__{seed}__{time}/` with an eval.jsonl), folders with files
-`{script}__{seed}.jsonl` of one task, which is called as the folder (`benchmark/run.py --collect` writes them), and
-folders of either. The score of a run is the median of its last ten evaluations, a table's cell the median (standard
-deviation, n - 1 in the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified
-bootstrap intervals (rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean.
+What it reads: run directories (`runs/{task}__{name}__{seed}__{time}/` with an eval.jsonl), folders with files
+`{script}[-variant]__{seed}.jsonl` of one task, which is called as the folder (`run.py --collect` writes them), and
+folders of either. Beside each run are its settings, config.json or .config.json.
+
+Pooled over seeds is what has the same settings, but for those that do not change the numbers, such as threads. The name
+of an algorithm is its script or --exp-name; the paper's ablations -no-preopc, -vtrace, -random ...; the settings in
+which runs of one task differ; and what was changed when a run was resumed. A run without settings is taken as it is
+called, and a setting that an older one does not have tells nothing apart. From task to task settings may differ, as the
+paper's do.
+
+The score of a run is the median of its last ten evaluations, a table's cell the median (standard deviation, n - 1 in
+the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified bootstrap intervals
+(rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean.
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import math
+import os
+import re
+import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.run import FREE, NO_SETTINGS, RULES, read_config, resumed_with, variant  # noqa: E402
 
 
 @dataclass
@@ -39,7 +54,7 @@ class Args:
     tasks: tuple[str, ...] = ()
     """only these tasks, in this order"""
     algorithms: tuple[str, ...] = ()
-    """only these algorithms, such as a2po_smac or a2po_smac-no-preopc, in this order"""
+    """only these, in this order: a2po_smac or a2po_smac-no-preopc, or with settings, 'a2po_smac gae_lambda=0.91'"""
     metric: Literal["auto", "win_rate", "episodic_return"] = "auto"
     """what counts; auto takes the win rate of tasks that have one, else the return"""
     statistic: Literal["mean", "iqm"] = "mean"
@@ -63,17 +78,32 @@ GRID_POINTS = 200
 # Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 DASHES = ("-", "--", ":", "-.")
+# Settings that runs of one name are not told apart by: the last four are in the name.
+NOT_NAMED = FREE | NO_SETTINGS | set("seed preopc vtrace clip_adaptation agent_order".split())
+# How variant() ends the name of a file, where there is no config to tell.
+VARIANT = rf"(-vtrace|-preopc|-no-preopc)?(-fixed-clip)?(-({'|'.join(RULES)}))?"
 
 
 @dataclass
 class Run:
     task: str
-    algorithm: str
-    """script and what sets it apart from the script's defaults, such as a2po_smac-no-preopc"""
+    script: str
+    """or --exp-name, or what the file is called"""
+    name: str
+    """script and ablation, such as a2po_smac-no-preopc"""
     seed: int
     path: Path
     records: list[dict]
     """the evaluations by step"""
+    resumed: str = ""
+    """what was changed on the way"""
+    settings: dict = field(default_factory=dict)
+    """those that change the numbers and are not in the name"""
+    algorithm: str = ""
+    """what its group is called: name, settings that tell it apart, what was changed on the way"""
+
+    def __post_init__(self):
+        self.algorithm = self.name + self.resumed
 
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         steps = np.array([record["step"] for record in self.records], float)
@@ -92,6 +122,25 @@ def usage_error(what, why: str):
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def writing(what):
+    """What cannot be written in here is an error in `what`."""
+    try:
+        yield
+    except OSError as error:
+        usage_error(what, f"cannot be written: {error.strerror}")
+
+
+def check_writable(what, file: Path):
+    """Whether a file can be written, before there is something to write; its folder is made."""
+    with writing(what):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = not os.path.lexists(file)
+        file.open("ab").close()
+        if new:
+            file.unlink()
+
+
 def warn(what, why: str):
     print(f"plot.py: warning: {what}: {why}", file=sys.stderr)
 
@@ -106,7 +155,10 @@ def value_of(record: dict, metric: str) -> float | None:
 
 def read_records(path: Path) -> list[dict]:
     """The lines of an eval.jsonl by step. A last line that was cut off is left out, with a warning."""
-    lines, records = path.read_text(errors="replace").splitlines(), {}
+    try:
+        lines, records = path.read_text(errors="replace").splitlines(), {}
+    except OSError as error:
+        usage_error(path, f"cannot be read: {error.strerror}")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -115,7 +167,9 @@ def read_records(path: Path) -> list[dict]:
                 usage_error(f"{path}:{number}", "is not a line of JSON")
             warn(f"{path}:{number}", "the last line is cut off and left out")
             continue
-        values = [value_of(record, metric) for metric in METRICS] if isinstance(record, dict) else []
+        values = []
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # not even of the right kind
+            values = [value_of(record, metric) for metric in METRICS]
         values = [value for value in values if value is not None]
         numbers = [record.get("step"), *values] if values else []
         if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
@@ -126,28 +180,20 @@ def read_records(path: Path) -> list[dict]:
     return [records[step] for step in sorted(records)]
 
 
-def variant(config: dict) -> str:
-    """What an ablation is called, by the settings of its run: `` for none, else such as -no-preopc or -random."""
-    name = "" if config.get("preopc", True) else "-no-preopc"
-    name += "-fixed-clip" if config.get("clip_adaptation", 0.5) == 1 else ""
-    return name + (f"-{config['agent_order']}" if config.get("agent_order", "semi-greedy") != "semi-greedy" else "")
+def named(settings: dict) -> str:
+    return "".join(f" {name}={value}" for name, value in sorted(settings.items()))
 
 
 def read_run(path: Path) -> Run | None:
     """The run of an eval.jsonl or a {script}__{seed}.jsonl; None, with a warning, if there is nothing in it."""
-    parts, config = path.stem.split("__"), {}
+    parts = path.stem.split("__")
     if path.name == "eval.jsonl":
         directory = path.resolve().parent.name
         if len(directory.split("__")) != 4:
             usage_error(path, "its directory must be called {task}__{script}__{seed}__{time}")
-        task, script, seed, _ = directory.split("__")
-        try:
-            config = json.loads((path.parent / "config.json").read_text())
-        except (OSError, ValueError):
-            warn(path.parent, "has no readable config.json, it is taken for a run with the default settings")
-        algorithm = script + variant(config)
+        (task, called, seed, _), settings = directory.split("__"), path.with_name("config.json")
     elif len(parts) == 2 and all(parts):
-        task, (algorithm, seed) = path.resolve().parent.name, parts
+        (called, seed), task, settings = parts, path.resolve().parent.name, path.with_suffix(".config.json")
     else:
         usage_error(path, "must be called {script}__{seed}.jsonl, or eval.jsonl in a run directory")
     if not seed.isdecimal():
@@ -156,7 +202,42 @@ def read_run(path: Path) -> Run | None:
     if not records:
         warn(path, "has no evaluation and is left out")
         return None
-    return Run(task, algorithm, int(seed), path, records)
+    config = read_config(settings)
+    if not config and (settings.exists() or path.name == "eval.jsonl"):
+        warn(settings, "cannot be read, the run is taken as it is called")
+    script, ending = re.fullmatch(f"(.+?)({VARIANT})", called).group(1, 2)
+    if config:
+        ending = variant(config)
+        script = called.removesuffix(ending)
+    if config.get("exp_name", config.get("script")) != config.get("script"):
+        script = config["exp_name"]
+    elif str(config.get("script", "")).startswith(script):
+        script = config["script"]
+    resumed = ""
+    for step, changed in resumed_with(config):
+        resumed += f" resumed at {step} with" + (named(changed) or " its first settings")
+    settings = {name: str(value) for name, value in config.items() if name not in NOT_NAMED}
+    return Run(task, script, script + ending, int(seed), path, records, resumed, settings)
+
+
+def name_groups(runs: list[Run]):
+    """Give those that belong together one name, and no others."""
+    values = collections.defaultdict(set)
+    for run in runs:
+        for setting, value in run.settings.items():
+            values[run.task, run.script, setting].add(value)
+    alike = collections.defaultdict(list)
+    for run in runs:
+        differ = {name for name in run.settings if len(values[run.task, run.script, name]) > 1}
+        run.settings = {name: value for name, value in run.settings.items() if name in differ}
+        alike[run.task, run.name, run.resumed].append(run)
+    for some in alike.values():
+        groups = {named(run.settings): run.settings for run in some}
+        for run in some:
+            # An older run may lack settings; if there is one group that it fits in, it is of that one.
+            fit = [settings for settings in groups.values() if settings.items() >= run.settings.items()]
+            widest = [settings for settings in fit if not any(settings.items() < other.items() for other in fit)]
+            run.algorithm = run.name + named(widest[0] if len(widest) == 1 else run.settings) + run.resumed
 
 
 def find_files(path: Path) -> list[Path]:
@@ -174,9 +255,16 @@ def find_files(path: Path) -> list[Path]:
 def read(paths, tasks=(), algorithms=()) -> Runs:
     """Task -> algorithm -> its runs by seed."""
     files = list(dict.fromkeys(file for path in paths for file in find_files(path)))
+    every = list(filter(None, map(read_run, files)))
+    if not every:
+        usage_error(" ".join(map(str, paths)), "no run with an evaluation")
+    check_names("--tasks", tasks, {run.task for run in every})
+    every = [run for run in every if not tasks or run.task in tasks]
+    name_groups(every)
+    check_names("--algorithms", algorithms, {name for run in every for name in (run.algorithm, run.name)})
     found = {}
-    for run in filter(None, map(read_run, files)):
-        if (tasks and run.task not in tasks) or (algorithms and run.algorithm not in algorithms):
+    for run in every:
+        if algorithms and not {run.algorithm, run.name} & set(algorithms):
             continue
         key = run.task, run.algorithm, run.seed
         if key in found:
@@ -187,17 +275,23 @@ def read(paths, tasks=(), algorithms=()) -> Runs:
             )
             run = further
         found[key] = run
-    if not found:
-        usage_error(" ".join(map(str, paths)), "no run with an evaluation" + (" of those asked for" if files else ""))
-    for name, wanted, place in (("--tasks", tasks, 0), ("--algorithms", algorithms, 1)):
-        there = {key[place] for key in found}
-        if set(wanted) - there:
-            usage_error(f"{name} {' '.join(sorted(set(wanted) - there))}", f"not among {', '.join(sorted(there))}")
     runs = collections.defaultdict(lambda: collections.defaultdict(list))
-    places = {name: place for wanted in (tasks, algorithms) for place, name in enumerate(wanted)}
-    for task, algorithm, seed in sorted(found, key=lambda k: (places.get(k[0], 0), k[0], places.get(k[1], 0), *k[1:])):
-        runs[task][algorithm].append(found[task, algorithm, seed])
+
+    def order(run: Run):
+        """As asked for, then by name."""
+        asked = run.algorithm if run.algorithm in algorithms else run.name
+        first = tasks.index(run.task) if tasks else 0, algorithms.index(asked) if algorithms else 0
+        return first[0], run.task, first[1], run.algorithm, run.seed
+
+    for run in sorted(found.values(), key=order):
+        runs[run.task][run.algorithm].append(run)
     return runs
+
+
+def check_names(option: str, wanted, there: set[str]):
+    unknown = sorted(set(wanted) - there)
+    if unknown:
+        usage_error(f"{option} {' '.join(unknown)}", f"not among {', '.join(sorted(there))}")
 
 
 def choose_metrics(runs: Runs, metric: str) -> dict[str, str]:
@@ -412,8 +506,8 @@ def save(figure, files, title: str):
     if title:
         figure.suptitle(title)
     for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+        with writing(file):
+            figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
         print(f"wrote {file}", file=sys.stderr)
 
 
@@ -526,6 +620,11 @@ def check_args(args: Args):
         for file in getattr(args, option):
             if file.suffix not in (".png", ".svg"):
                 usage_error(f"--{option} {file}", "must end in .png or .svg")
+            check_writable(f"--{option} {file}", file)
+    if args.table:
+        check_writable(f"--table {args.table}", args.table)
+    if not 0 <= args.seed < 2**32:
+        usage_error(f"--seed {args.seed}", f"must be within 0 and {2**32 - 1}")
     if args.reps < 1:
         usage_error(f"--reps {args.reps}", "must be at least 1")
 
@@ -552,8 +651,8 @@ def main(args: Args):
     text = "\n\n".join(parts)
     print(text)
     if args.table:
-        args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(text + "\n")
+        with writing(args.table):
+            args.table.write_text(text + "\n")
         print(f"wrote {args.table}", file=sys.stderr)
     if args.out:
         plot_curves(runs, metrics, args)
@@ -562,4 +661,8 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

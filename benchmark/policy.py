@@ -7,6 +7,7 @@
 MuJoCo's has the observations' normaliser too, which its actors look through.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,27 @@ class Args:
 
 
 def fail(path: Path, message: str):
+    """One line; exit status 2."""
     print(f"policy.py: error: {path}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """What cannot be written in here is one line; PyTorch turns some of its errors into others."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        fail(path, f"cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+
+
 def main(args: Args):
+    with writing(args.out):  # before there is something to write
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.out.exists()
+        args.out.open("ab").close()
+        if new:
+            args.out.unlink()
     try:
         checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         learned = {name: part for name, part in checkpoint["learned"].items() if name in PARTS}
@@ -39,11 +56,8 @@ def main(args: Args):
         fail(args.checkpoint, "no such file")
     except Exception:
         fail(args.checkpoint, "is not a checkpoint of these scripts")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
         torch.save(policy, args.out)
-    except (OSError, RuntimeError) as error:
-        fail(args.out, str(error).splitlines()[0])
     print(f"{args.out}: {args.out.stat().st_size / 1024:.0f} KiB")
 
 

@@ -5,19 +5,28 @@
     python benchmark/run.py table2 --smax --total-timesteps 1000000 --collect benchmark/results/table2
 
 Every run is a process of its own, `python {script}.py ...`, with one line in a live view and a log in runs/logs/. Ray
-shares out the CPUs (and GPUs) of this machine, or with --address those of a cluster, whose machines need this folder
-and this Python under the same paths (and where the cluster asks for a token, RAY_AUTH_MODE=token and the token here).
+shares out the CPUs (and GPUs) of this machine, or with --address those of a cluster, whose machines must share this
+folder and have this Python under the same path. A run whose machine is lost goes on from its checkpoint on another one,
+which may happen twice; a run that fails is told, not repeated.
 What a script refuses, such as a game that is not installed here, ends this program before anything is started.
 Ctrl-C stops the runs at the end of their iteration and saves them, a second one ends them at once; the same command
 later goes on. What is done and what was cut off is read from the run directories: a run belongs to a job if all of
 its settings do that change the numbers, whoever started it.
 
-The paper's text does not name the tasks of figures 5 to 7, so --tasks has defaults of ours there. Of figure 5 there is
-A2PO with and without PreOPC; V-trace for the simultaneous algorithms, PreOPC for HAPPO and RPISA-PPO have no script.
+What scales with cores is the number of runs at a time: the CPUs of all machines / --cpus-per-job. A single run stays on
+one machine. That option is the threads of its PyTorch and of EnvPool, and the workers of mpe2 and of Football (here of
+each half of the games). It bounds neither JAX (SMAX, JaxMARL), which has a pool of threads of its own, nor StarCraft
+II, a process for each game: they share the machine with the other runs. Ray counts CPUs, it holds no run to its own.
+
+The paper's text does not name the tasks of figures 5 to 7 and 13, so --tasks has defaults of ours there; figure5 runs
+the algorithms of figures 5 and 13, and A2PO without PreOPC.
 Table 6 runs one job at a time, on all cores; seconds for rollout and update are in the runs' TensorBoard files.
 """
 
+import collections
 import contextlib
+import dataclasses
+import difflib
 import fcntl
 import functools
 import importlib.util
@@ -34,7 +43,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -42,35 +51,71 @@ ROOT = Path(__file__).resolve().parents[1]
 SMAC_MAPS = (  # Tables 2 and 5
     "MMM 3s_vs_5z 2c_vs_64zg 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 6h_vs_8z 3s5z_vs_3s6z MMM2 27m_vs_30m corridor"
 ).split()
+OTHER_MAPS = (  # of SMAC, SMACv2 on SMAX
+    "3m 8m 25m 2s3z 3s_vs_3z 3s_vs_4z 1c3s5z 2m_vs_1z 2s_vs_1sc so_many_baneling bane_vs_bane smacv2_5_units "
+    "smacv2_10_units smacv2_20_units"
+).split()
+SMACV2_MAP = r"(protoss|terran|zerg)_[1-9]\d*_vs_[1-9]\d*"
 NOT_ON_SMAX = ("MMM", "MMM2", "2c_vs_64zg")  # it lacks their units
 MUJOCO_TASKS = (
     "Ant-2x4 Ant-2x4d Ant-4x2 Ant-8x1 HalfCheetah-2x3 HalfCheetah-3x2 HalfCheetah-6x1 Hopper-3x1 Humanoid-9|8 "
     "Humanoid-17x1 HumanoidStandup-9|8 Walker2d-2x3 Walker2d-3x2 Walker2d-6x1"
 ).split()
+OTHER_ROBOTS = ("HumanoidStandup-17x1",)
+FOOTBALL_TASKS = (
+    "5_vs_5 11_vs_11_easy_stochastic 11_vs_11_stochastic 11_vs_11_hard_stochastic academy_empty_goal_close "
+    "academy_empty_goal academy_run_to_score academy_run_to_score_with_keeper academy_pass_and_shoot_with_keeper "
+    "academy_run_pass_and_shoot_with_keeper academy_3_vs_1_with_keeper academy_counterattack_easy "
+    "academy_counterattack_hard academy_corner academy_single_goal_versus_lazy"
+).split()
+SPREAD_TASKS = ("spread-3-0", "spread-5-0", "spread-3-0.5", "spread-5-0.5")
+TASK_FORMS = (
+    "SMAC's maps (3s5z; protoss_5_vs_5), {robot}-{partition} (Ant-4x2, 'Humanoid-9|8'), Football's scenarios (5_vs_5, "
+    "academy_corner), spread-{agents}-{local ratio} (spread-3-0)"
+)
 ABLATION_TASKS = ("3s5z", "MMM2", "Humanoid-9|8")
 ALL = ("mappo", "coppo", "happo", "a2po")
 # What sets a run apart from the script's defaults, by the name that plot.py gives it.
 PREOPC = {"": (), "-no-preopc": ("--no-preopc",)}
+VTRACE = {"": (), "-vtrace": ("--vtrace",)}
+CORRECTIONS = {"mappo": VTRACE, "coppo": VTRACE, "happo": {"": (), "-preopc": ("--preopc",)}, "rpisa": {"": ()}}
+CORRECTIONS |= {"a2po": PREOPC}  # without PreOPC: ours, the paper has it not
 CLIP = {"": (), "-fixed-clip": ("--clip-adaptation", "1.0")}
 RULES = ("cyclic", "random", "greedy", "reverse-greedy", "reverse-semi-greedy")
 ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
-# Name: tasks, algorithms, variants.
+# Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
     "figure3": (MUJOCO_TASKS, ALL, {"": ()}),
     "figure4": (("5_vs_5", "11_vs_11_stochastic"), ALL, {"": ()}),  # Table 3 too
-    "figure5": (ABLATION_TASKS, ("a2po",), PREOPC),
+    "figure5": (ABLATION_TASKS, tuple(CORRECTIONS), CORRECTIONS),  # and 13
     "figure6": (ABLATION_TASKS, ("a2po",), ORDER),
     "figure7": (ABLATION_TASKS, ("a2po",), CLIP),
     "figure5-7": (ABLATION_TASKS, ("a2po",), PREOPC | ORDER | CLIP),
-    "figure10": (("spread-3-0", "spread-5-0", "spread-3-0.5", "spread-5-0.5"), ALL, {"": ()}),
+    "preopc": (ABLATION_TASKS, ("a2po",), PREOPC),  # ours
+    "figure10": (SPREAD_TASKS, ALL, {"": ()}),
     "table6": (("3s5z", "27m_vs_30m", "Humanoid-9|8", "Ant-4x2", "Humanoid-17x1"), ALL, {"": ()}),
 }
-# Settings that do not change a run's numbers, or say how far it goes.
+# Settings that do not change a run's numbers, or say how far it goes. plot.py pools runs that differ in nothing else.
 FREE = set(
-    "total_timesteps save_every resume eval_only checkpoint track wandb_project cuda compile torch_threads num_workers "
-    "worker_timeout".split()
+    "total_timesteps save_every resume eval_only checkpoint out exp_name track wandb_project wandb_entity wandb_group "
+    "cuda compile torch_threads num_workers worker_timeout".split()
 )
+
+# What else is in a config.json.
+NO_SETTINGS = set("device versions git_commit stretches reason".split())
+
+
+def whole_number(words: list[str]) -> int:
+    """Of 1000000, 1_000_000 or 1e6, as in the scripts."""
+    number = float(words[0])
+    if not number.is_integer():
+        raise ValueError(f"{words[0]} is no whole number")
+    return int(words[0]) if words[0].isdecimal() else int(number)
+
+
+COUNT = tyro.constructors.PrimitiveConstructorSpec(1, "INT", whole_number, lambda x: type(x) is int, lambda x: [str(x)])
+Count = Annotated[int, COUNT]
 
 
 @dataclass
@@ -84,9 +129,9 @@ class Args:
     tasks: tuple[str, ...] = ()
     """other tasks than the matrix's: SMAC maps, Football's scenarios, or such as Ant-4x2 'Humanoid-9|8' spread-3-0"""
     algorithms: tuple[str, ...] = ()
-    """only these of mappo coppo happo a2po"""
-    total_timesteps: int | None = None
-    """environment steps of each run; by default the script's"""
+    """only these of mappo coppo happo a2po; or your own, such as kl where there is a kl_smac.py beside the others"""
+    total_timesteps: Count | None = None
+    """environment steps of each run, such as 1e6; by default the script's"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False
@@ -95,7 +140,7 @@ class Args:
     """copy the finished runs to {DIR}/{task}/{script}[-variant]__{seed}.jsonl and .config.json, and leave"""
     dir: Path = Path(".")
     """where the runs/ folder is or shall be"""
-    cpus_per_job: int | None = None
+    cpus_per_job: Count | None = None
     """CPUs of each run, and threads of its PyTorch; by default 1, for table6 all"""
     gpus_per_job: float = 0.0
     """GPUs of each run, such as 0.25; with 0 the runs see none"""
@@ -107,6 +152,15 @@ def usage_error(what, why: str):
     """One line; exit status 2."""
     print(f"run.py: error: {what}: {why}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def writing(what):
+    """What cannot be written in here is a usage error in `what`."""
+    try:
+        yield
+    except OSError as error:
+        usage_error(what, f"cannot be written: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs
@@ -142,36 +196,63 @@ class Job:
 
 
 def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
-    """The benchmark of a task and the options that choose it."""
+    """The benchmark of a task, as in the scripts' names, and the options that choose it; an error if it is none."""
     if found := re.fullmatch(r"spread-(\d+)-([\d.]+)", task):
         return "mpe", ("--n-agents", found[1], "--local-ratio", found[2])
-    if found := re.fullmatch(r"([A-Z][A-Za-z\d]+)-(\d+x\d+d?|\d+\|\d+)", task):
-        return "mujoco", ("--scenario", found[1], "--partition", found[2])
-    if re.fullmatch(r"5_vs_5|11_vs_11_\w+|academy_\w+", task):
+    if task in (*MUJOCO_TASKS, *OTHER_ROBOTS):
+        scenario, partition = task.split("-")
+        return "mamujoco", ("--scenario", scenario, "--partition", partition)
+    if task in FOOTBALL_TASKS:
         return "grf", ("--scenario", task, *(["--share-parameters"] if task.startswith("11_vs_11") else []))
-    return "smac", ("--map", task, "--simulator", "smax" if smax else "starcraft2")
+    if task in (*SMAC_MAPS, *OTHER_MAPS) or re.fullmatch(SMACV2_MAP, task):
+        return "smac", ("--map", task, "--simulator", "smax" if smax else "starcraft2")
+    known = (*SMAC_MAPS, *OTHER_MAPS, *MUJOCO_TASKS, *OTHER_ROBOTS, *FOOTBALL_TASKS, *SPREAD_TASKS)
+    by_letters = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(task.lower(), by_letters, 1)
+    meant = f"did you mean {by_letters[near[0]]}? It" if near else "it"
+    usage_error(f"--tasks {task}", f"{meant} must be one of {TASK_FORMS}")
 
 
 def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
     """The jobs, all of the first seed first, and the names of scripts that they would need but that do not exist."""
     tasks, algorithms, variants = MATRICES[args.matrix]
-    tasks, algorithms = args.tasks or tasks, [a for a in algorithms if not args.algorithms or a in args.algorithms]
+    tasks = dict.fromkeys(args.tasks or tasks)
+    benchmarks = {task: task_options(task, args.smax)[0] for task in tasks}
+    if args.algorithms:
+        scripts = {(path, name) for name in benchmarks.values() for path in ROOT.glob(f"*_{name}.py")}
+        there = {path.stem.removesuffix(f"_{name}") for path, name in scripts}
+        unknown = sorted(set(args.algorithms) - there - set(ALL))
+        if unknown:
+            allowed = f"for these tasks there are {' '.join(sorted(there))}"
+            usage_error(f"--algorithms {' '.join(unknown)}", f"no such script; {allowed}")
+        algorithms = [name for name in args.algorithms if name in algorithms or name not in ALL]
     if args.smax:
-        tasks = [t for t in tasks if task_options(t, True)[0] == "smac" and t not in NOT_ON_SMAX]
+        left_out = [task for task in tasks if benchmarks[task] != "smac" or task in NOT_ON_SMAX]
+        tasks = [task for task in tasks if task not in left_out]
+        if args.tasks and left_out and tasks:
+            print(f"left out, SMAX does not have {', '.join(left_out)}", file=sys.stderr)
     jobs, missing = [], []
-    for seed in args.seeds or ((1,) if args.matrix == "table6" else (1, 2, 3)):
-        for task in dict.fromkeys(tasks):
+    for seed in dict.fromkeys(args.seeds or ((1,) if args.matrix == "table6" else (1, 2, 3))):
+        for task in tasks:
             benchmark, task_choice = task_options(task, args.smax)
-            for algorithm in algorithms:
-                script = ROOT / f"{algorithm}_{'mamujoco' if benchmark == 'mujoco' else benchmark}.py"
+            for algorithm in dict.fromkeys(algorithms):
+                script = ROOT / f"{algorithm}_{benchmark}.py"
                 if not script.exists():
                     missing.append(script.name)
                     continue
-                for variant, variant_options in variants.items():
-                    options = (*task_choice, "--seed", str(seed), *variant_options, *shlex.split(args.options))
+                of_it = variants.get(algorithm, {"": ()}) if variants is CORRECTIONS else variants
+                for variant, variant_options in of_it.items():
+                    options = (*task_choice, "--seed", str(seed), *variant_options, *split_options(args.options))
                     name = f"{task}-smax" if args.smax else task
                     jobs.append(Job(script, name, variant, seed, options, args.total_timesteps))
     return jobs, sorted(set(missing))
+
+
+def split_options(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        usage_error(f"--options {text}", str(error).lower())
 
 
 @functools.cache
@@ -200,6 +281,8 @@ def settings(job: Job):
         lines = [line.strip("│╭╰─╮╯ ") for line in output.getvalue().splitlines()]
         reason = next((line for line in lines if line and "Parsing error" not in line), "refused")
         usage_error(f"{job.script.name} {shlex.join(job.options)}", reason)
+    if args.seed != job.seed:
+        usage_error(f"{job.script.name} {shlex.join(job.options)}", "has two seeds; use --seeds")
     return args
 
 
@@ -216,14 +299,51 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def belongs(run_dir: Path, job: Job) -> bool:
-    """Whether the settings of a run are those of a job."""
+def read_config(path: Path) -> dict:
+    """The settings of a run; none where they cannot be read."""
     try:
-        config = json.loads((run_dir / "config.json").read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def resumed_with(config: dict) -> list[tuple[int, dict]]:
+    """Where a run was resumed with other settings, of those that change its numbers: (step, what differs from the ones
+    that it began with)."""
+    found, before = [], {}
+    for stretch in config.get("stretches", []):
+        changed = {name: value for name, value in stretch["changed"].items() if name not in FREE}
+        if changed != before:
+            found.append((stretch["step"], changed))
+        before = changed
+    return found
+
+
+def variant(config: dict) -> str:
+    """What an ablation is called, by the settings of its run: `` for none, else such as -no-preopc or -random."""
+    c, order = config.get("clip_adaptation"), config.get("agent_order", "semi-greedy")
+    if c is None:  # a baseline, which PreOPC has to be asked for
+        return "-vtrace" if config.get("vtrace") else "-preopc" if config.get("preopc") else ""
+    name = "" if config.get("preopc", True) else "-no-preopc"
+    name += "-fixed-clip" if c == 1 else ""
+    name += f"-{order}" if order != "semi-greedy" else ""
+    return name if c in (0.5, 1) else f"{name} clip_adaptation={c}"
+
+
+def belongs(run_dir: Path, job: Job) -> bool:
+    """Whether the settings of a run are those of a job, and its name is, from its first step to its last."""
+    config = read_config(run_dir / "config.json")
+    if config.get("script") != job.script.stem or resumed_with(config):
         return False
-    wanted = vars(load(job.script).complete_args(settings(job)))
-    return all(config.get(name, value) == value for name, value in wanted.items() if name not in FREE)
+    module, name = load(job.script), job.script.stem
+    wanted = vars(module.complete_args(settings(job)))
+    if config.get("exp_name", name) != wanted.get("exp_name", name):
+        return False
+    # What an older run does not have is as by default; None there is what depends on the task.
+    defaults = {field.name: field.default for field in dataclasses.fields(module.Args) if field.default is not None}
+    run = {option: config.get(option, defaults.get(option, value)) for option, value in wanted.items()}
+    return all(run[option] == value for option, value in wanted.items() if option not in FREE)
 
 
 def log_of(job: Job, base: Path) -> Path:
@@ -231,28 +351,24 @@ def log_of(job: Job, base: Path) -> Path:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process that we started, or its child, still writes this log."""
+    """Whether a process still works on this log or run: it, or its child, holds a lock on the file."""
     if not path.exists():
         return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
-def is_foreign_and_busy(run_dir: Path, log: Path) -> bool:
-    """Whether somebody else seems to be running it: not in our log, and written to within TensorBoard's two minutes."""
-    if log.exists() and run_dir.name in log.read_text(errors="replace"):
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # an exclusive one would have to be writable on NFS
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks there
         return False
-    return any(time.time() - file.stat().st_mtime < 150 for file in run_dir.iterdir())
+    finally:
+        os.close(file)
+    return False
 
 
 def find_run(job: Job, base: Path) -> tuple[str, Path | None]:
     """`done`, `running`, `cut off` or `new`, and the run's directory (relative to base)."""
-    pattern = f"*__{job.script.stem}__{job.seed}__*"
-    candidates = [d for d in sorted((base / "runs").glob(pattern)) if d.is_dir() and belongs(d, job)]
+    candidates = [d for d in sorted((base / "runs").glob(f"*__*__{job.seed}__*")) if d.is_dir() and belongs(d, job)]
     candidates.sort(key=last_step)  # the one that got furthest; of equals the newest
     for run_dir in reversed(candidates):
         if last_step(run_dir) >= settings(job).total_timesteps:
@@ -260,7 +376,7 @@ def find_run(job: Job, base: Path) -> tuple[str, Path | None]:
     if is_locked(log_of(job, base)):
         return "running", None
     for run_dir in candidates:
-        if is_foreign_and_busy(run_dir, log_of(job, base)):
+        if is_locked(run_dir / "config.json"):  # somebody else's process
             return "running", run_dir.relative_to(base)
     for run_dir in reversed(candidates):
         if (run_dir / "checkpoint.pt").is_file():
@@ -270,6 +386,8 @@ def find_run(job: Job, base: Path) -> tuple[str, Path | None]:
 
 def collect(jobs: list[Job], base: Path, target: Path) -> int:
     """Copy what is done; returns the number of jobs that are not."""
+    with writing(f"--collect {target}"):
+        target.mkdir(parents=True, exist_ok=True)
     missing = 0
     for job in jobs:
         state, run_dir = find_run(job, base)
@@ -277,34 +395,63 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
             print(f"not finished ({state}): {job.name}")
             missing += 1
             continue
-        folder = target / run_dir.name.split("__")[0].replace("|", "_")  # | is not allowed in names on Windows
-        folder.mkdir(parents=True, exist_ok=True)
-        for source, ending in (("eval.jsonl", ".jsonl"), ("config.json", ".config.json")):
-            shutil.copyfile(base / run_dir / source, folder / f"{job.algorithm}__{job.seed}{ending}")
-        print(f"{run_dir} -> {folder / f'{job.algorithm}__{job.seed}.jsonl'}")
+        config = read_config(base / run_dir / "config.json")
+        task, name, *_ = run_dir.name.split("__")
+        folder = target / task.replace("|", "_")  # | is not allowed in names on Windows
+        stem = f"{name}{variant(config)}__{job.seed}"
+        there = read_config(folder / f"{stem}.config.json")
+        for option, value in there.items():
+            if option not in FREE | NO_SETTINGS and config.get(option, value) != value:
+                why = f"is there already, of a run with {option} {value}, not {config[option]}; give another folder"
+                usage_error(f"--collect {target}", f"{folder / stem}.jsonl {why}")
+        with writing(f"--collect {target}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for source, ending in (("config.json", ".config.json"), ("eval.jsonl", ".jsonl")):
+                copy(base / run_dir / source, folder / f"{stem}{ending}")
+        print(f"{run_dir} -> {folder / stem}.jsonl")
     return missing
 
 
+def copy(source: Path, target: Path):
+    """All or nothing: a disk that is full leaves no part of a file."""
+    part = target.with_name(target.name + ".part")
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 # --------------------------------------------------------------------------------------------------------- running
+# Before a script begins: it is told to stop, and saves, when the worker that started it dies, as it does with its node.
+STOP_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 def run_process(command: list[str], base: Path, log: Path, gpus: float) -> int | str:
     """Run a command to its end with its output in a log: its exit status, or why it was not started.
 
     KeyboardInterrupt, which is how Ray cancels, becomes SIGTERM; the script saves and ends.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and the like it is ignored, by heritage
+    if not base.is_dir():
+        return f"{socket.gethostname()} has no folder {base}, which all machines must share"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        try:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process keeps it as long as it lives
-        except OSError:
-            return "it is still running from an earlier call"
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        file.flush()
-        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=base, env=environment, start_new_session=True, **options)
+            file.write(f"\n$ {shlex.join(command)}\n".encode())  # what was killed has left half a line
+            file.flush()
+            options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            options |= {"cwd": base, "env": environment, "start_new_session": True}
+            process = subprocess.Popen([command[0], "-c", STOP_WITH_PARENT, *command], **options)
+    except BlockingIOError:
+        return "it is still running from an earlier call"
+    except OSError as error:
+        return f"not started on {socket.gethostname()}: {error}"
     try:
         while process.poll() is None:
             time.sleep(0.2)
@@ -389,22 +536,43 @@ class View:
         self.height = len(lines)
 
 
+@contextlib.contextmanager
+def silence():
+    """Of everything that writes to stderr, in whatever language."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def start_ray(args: Args, cpus: int):
     """Ray on this machine or a cluster, without dashboard, usage reports and logs on the screen."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+    if args.address and ("RAY_AUTH_TOKEN" in os.environ or Path(token).expanduser().is_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start --head` does; a cluster may ask for none
     try:
         import ray
     except ImportError as error:
         usage_error("Ray", f"{error}; pip install -r benchmark/requirements.txt")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if args.address:
-        try:
-            if args.address != "auto":  # Ray itself would go on trying for minutes
-                host, _, port = args.address.removeprefix("ray://").rpartition(":")
-                socket.create_connection((host, int(port)), 10).close()
-            ray.init(address=args.address, **quiet)
-        except (OSError, RuntimeError, ValueError, OverflowError) as error:
+        try:  # Ray itself would go on trying for minutes
+            address = ray._private.services.get_ray_address_from_environment(args.address, None)  # of auto
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), 10).close()
+        except (OSError, ValueError, OverflowError) as error:
             usage_error(f"--address {args.address}", f"no Ray cluster there, {str(error).splitlines()[0]}")
+        try:
+            with silence():  # a line a second
+                ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = f"{str(error).splitlines()[0]} (if it asks for a token, it must be in {token})"
+            usage_error(f"--address {args.address}", f"this cluster cannot be joined, {reason}")
     else:
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         # `local`: not a cluster that happens to run on this machine
@@ -416,26 +584,37 @@ def start_ray(args: Args, cpus: int):
     return ray
 
 
+LOSSES = 3  # of machines by one job, after which it has failed
+
+
 def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Path) -> int:
-    """Run the jobs that are not done; the program's exit status."""
+    """Run the jobs that are not done; the program's exit status. A job whose machine is lost goes on on another."""
     ray = start_ray(args, cpus)
+    no_machine = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError)
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stops.append(number))
     task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=args.gpus_per_job)(run_process)
-    begin = time.time()
-    waiting = {
-        task.remote(job.command(cpus, run_dir), base, log_of(job, base), args.gpus_per_job): job
-        for job, run_dir in jobs
-    }
+    begin, waiting, lost, losses = time.time(), {}, [], collections.Counter()
+
+    def start(job: Job, run_dir: Path | None):
+        waiting[task.remote(job.command(cpus, run_dir), base, log_of(job, base), args.gpus_per_job)] = job
+
+    for job, run_dir in jobs:
+        start(job, run_dir)
     view, ended, cancelled, first_share = View(sys.stderr, begin), {"finished": 0, "failed": 0}, 0, {}
-    while waiting:
-        ready, _ = ray.wait(list(waiting), timeout=1)
+    while waiting or lost:
+        ready = ray.wait(list(waiting), timeout=1)[0] if waiting else []
         for reference in ready:
             job = waiting.pop(reference)
             try:
                 status = ray.get(reference)
             except (ray.exceptions.TaskCancelledError, KeyboardInterrupt):
+                continue
+            except no_machine:
+                losses[job] += 1
+                lost.append(job)
+                view.event(f"lost its machine, {losses[job]} of at most {LOSSES} times: {job.name}")
                 continue
             except ray.exceptions.RayError as error:
                 status = str(error).splitlines()[0]
@@ -450,6 +629,25 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
             else:
                 view.event(f"failed: {job.name}: {status}")
             ended["finished" if status == 0 else "failed"] += 1
+        for job in list(lost):
+            state, run_dir = find_run(job, base)
+            if state == "running" and not stops:  # its process has outlived the machine's Ray, and saves
+                continue
+            lost.remove(job)
+            if state == "done":
+                ended["finished"] += 1
+                view.event(f"finished: {job.name}")
+            elif stops:
+                view.event(f"stopped: {job.name}: its machine is lost")
+            elif losses[job] >= LOSSES:
+                ended["failed"] += 1
+                view.event(f"failed: {job.name}: has lost {LOSSES} machines")
+            else:
+                step = last_step(base / run_dir) if run_dir else 0
+                view.event(f"goes on elsewhere, {f'evaluated until step {step}' if run_dir else 'anew'}: {job.name}")
+                start(job, run_dir)
+        if not waiting:
+            time.sleep(1)
         running = {}
         for job in waiting.values():
             log = log_of(job, base)
@@ -460,7 +658,7 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
         shares = [
             (share - first_share[name]) / max(1e-9, 1 - first_share[name]) for name, (share, _) in running.items()
         ]
-        counts = ended | {"running": len(running), "waiting": len(waiting) - len(running)}
+        counts = ended | {"running": len(running), "waiting": len(waiting) - len(running) + len(lost)}
         view.update(counts, running, (sum(ended.values()) + sum(shares)) / len(jobs), time.time())
         if len(stops) > cancelled:
             cancelled = len(stops)
@@ -481,11 +679,9 @@ def check_args(args: Args):
     for name in ("total_timesteps", "cpus_per_job"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             usage_error(f"--{name.replace('_', '-')} {getattr(args, name)}", "must be at least 1")
-    if args.gpus_per_job < 0:
-        usage_error(f"--gpus-per-job {args.gpus_per_job}", "must not be negative")
-    unknown = sorted(set(args.algorithms) - set(ALL))
-    if unknown:
-        usage_error(f"--algorithms {' '.join(unknown)}", f"must be of {' '.join(ALL)}")
+    gpus = args.gpus_per_job
+    if not (0 <= gpus <= 1 or gpus.is_integer() and gpus > 0):
+        usage_error(f"--gpus-per-job {gpus:g}", "must be within 0 and 1, or a whole number")
     if not args.dir.is_dir():
         usage_error(f"--dir {args.dir}", "no such folder")
 
@@ -505,12 +701,15 @@ def main(args: Args) -> int:
     if not args.dry_run:
         for job in jobs:
             settings(job)
-        (base / "runs" / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (base / "runs" / "logs" / ".lock").open("w")
+        with writing(f"--dir {args.dir}"):
+            (base / "runs" / "logs").mkdir(parents=True, exist_ok=True)
+            lock = (base / "runs" / "logs" / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            usage_error(base / "runs", "another run.py is at work there")
+        except BlockingIOError:
+            usage_error(f"--dir {args.dir}", "another run.py is at work in its runs/")
+        except OSError as error:
+            usage_error(f"--dir {args.dir}", f"files there cannot be locked: {error.strerror}")
     states = [(job, *find_run(job, base)) for job in jobs]
     to_do = [(job, run_dir) for job, state, run_dir in states if state in ("new", "cut off")]
     if args.dry_run:
@@ -523,8 +722,14 @@ def main(args: Args) -> int:
     print(f"{len(jobs)} jobs: " + ", ".join(f"{n} {state}" for state, n in numbers.items() if n), file=sys.stderr)
     if args.dry_run or not to_do:
         return 0
-    return run_all(to_do, args, cpus, base)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # Ray's reports; ours go to stderr
+        return run_all(to_do, args, cpus, base)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except KeyboardInterrupt:
+        sys.exit(130)

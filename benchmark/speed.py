@@ -237,7 +237,7 @@ def measure(job: dict) -> dict:
             return lambda *arguments, **options: None
 
     script.SummaryWriter = Recorder
-    script.Run.save = lambda run: None
+    script.Run.save = lambda run: True
     try:
         script.main(args)
     except (SystemExit, KeyboardInterrupt) as end:
@@ -382,11 +382,23 @@ def check_args(args: Args) -> dict[str, str]:
         if not any(f"\n    {name}: " in source for source in sources):
             fail(f"--options {option}: none of the scripts has {name}")
         options[name] = value
-    try:
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
+        for file in (args.out / "speed.json", args.out / "speed.md"):  # before there is something to write
+            new = not file.exists()
+            file.open("ab").close()
+            if new:
+                file.unlink()
     return options
+
+
+@contextlib.contextmanager
+def writing(folder: Path):
+    """What cannot be written in here is an error in --out."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"--out {folder}: cannot be written: {error.strerror}")
 
 
 def plan(args: Args, options: dict[str, str]) -> list[dict]:
@@ -437,8 +449,9 @@ def main(args: Args):
                 result |= {"device": config["device"], "versions": config["versions"]}
                 text = markdown(result) + ("\n" + growth(result) if args.sweep != "none" else "")
                 # After each shape: a run may be cut off.
-                (args.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-                (args.out / "speed.md").write_text(text)
+                with writing(args.out):
+                    (args.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+                    (args.out / "speed.md").write_text(text)
     except Failed as failure:
         fail(*failure.args)
     print(text)

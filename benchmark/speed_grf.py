@@ -7,6 +7,7 @@ in turns of a few seconds, and the median of the turns' ratios. "CPU" is steps p
 together, which other work on the machine disturbs less than the clock.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -116,6 +117,15 @@ def usage_error(option: str, value, allowed: str):
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def writing(out: Path):
+    """What cannot be written in here is an error in --out."""
+    try:
+        yield
+    except OSError as error:
+        usage_error("--out", out, f"cannot be written: {error.strerror}")
+
+
 def check_args(args: Args):
     for name, value, lowest in (
         ("--num-envs", min(args.num_envs, default=0), 1),
@@ -125,8 +135,12 @@ def check_args(args: Args):
     ):
         if not value >= lowest:
             usage_error(name, value, f"must be at least {lowest}")
-    if args.out and not args.out.parent.is_dir():
-        usage_error("--out", args.out, "must be a file in a folder that exists")
+    if args.out:
+        with writing(args.out):  # before there is something to write
+            new = not args.out.exists()
+            args.out.open("ab").close()
+            if new:
+                args.out.unlink()
     a2po_grf.check_scenario(args.scenario)
 
 
@@ -153,8 +167,12 @@ def main(args: Args):
         print(f"| {label} | {rate:.0f} | {ratios['clock']:.2f} | {ratios['cpu']:.2f} |")
     if args.out:
         settings = {"scenario": args.scenario, "processes": args.processes, "seconds": args.seconds}
-        args.out.write_text(json.dumps(settings | {"load": os.getloadavg()[0], "turns": turns}, indent=1) + "\n")
+        with writing(args.out):
+            args.out.write_text(json.dumps(settings | {"load": os.getloadavg()[0], "turns": turns}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

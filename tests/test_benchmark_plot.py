@@ -1,11 +1,13 @@
 """benchmark/plot.py: its numbers on hand-made files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmark import plot
+from benchmark.run import FREE
 
 
 def write_run(path, values, steps=None, metric="win_rate"):
@@ -99,7 +101,10 @@ def test_records_come_by_step_and_the_later_of_two_counts(tmp_path):
     assert [(r["step"], r["win_rate"]) for r in plot.read_records(path)] == [(100, 0.2), (200, 0.3)]
 
 
-@pytest.mark.parametrize("line", ['{"step": 1}', '{"win_rate": 1}', '{"step": 1, "win_rate": NaN}', "[1]", "3"])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 1}', '{"win_rate": 1}', '{"step": 1, "win_rate": NaN}', '{"step": 1, "returns": ["a"]}', "[1]", "3"],
+)
 def test_bad_records(tmp_path, line, capsys):
     (tmp_path / "a__1.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit) as stop:
@@ -119,6 +124,9 @@ def test_bad_records(tmp_path, line, capsys):
         ["t", "--tasks", "z"],
         ["t", "--improvement", "x.png"],
         ["t", "--reps", "0"],
+        ["t", "--seed", "-1"],
+        ["t", "--algorithms", "b"],
+        ["folder"],
     ],
     ids=" ".join,
 )
@@ -126,6 +134,7 @@ def test_bad_input_is_one_line(tmp_path, options, monkeypatch, capsys):
     for task in "tu":
         write_run(tmp_path / task / "a__1.jsonl", [0.5] * 10)
     (tmp_path / "t" / "notes.txt").write_text("")
+    (tmp_path / "folder" / "eval.jsonl").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty" if options == ["."] else tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -151,6 +160,7 @@ def test_metrics_by_task(tmp_path):
 def test_run_directories(tmp_path, capsys):
     """Ablations are told apart by config.json; of two runs with one seed the one that got further counts."""
     configs = [{}, {"preopc": False}, {"clip_adaptation": 1.0}, {"agent_order": "random"}, {}]
+    configs = [{"preopc": True, "clip_adaptation": 0.5, "agent_order": "semi-greedy"} | config for config in configs]
     for number, config in enumerate(configs):
         folder = tmp_path / "runs" / f"3s5z-smax__a2po_smac__1__{100 + number}"
         write_run(folder / "eval.jsonl", [number / 10] * (12 if number == 4 else 10))
@@ -160,6 +170,141 @@ def test_run_directories(tmp_path, capsys):
     assert set(runs["3s5z-smax"]) == {"a2po_smac" + end for end in ("", "-no-preopc", "-fixed-clip", "-random")}
     assert [r.path.parent.name[-3:] for r in runs["3s5z-smax"]["a2po_smac"]] == ["104"]
     assert "__100" in capsys.readouterr().err
+
+
+SETTINGS = {"script": "a2po_smac", "exp_name": "a2po_smac", "learning_rate": 5e-4, "gamma": 0.99}
+SETTINGS |= {"preopc": True, "clip_adaptation": 0.5, "agent_order": "semi-greedy"}
+
+
+def write_configured(folder, settings, seed=1, called=None, as_file=False):
+    """A run directory in `folder`, or with as_file what run.py collects of it; returns the evaluations' path."""
+    called = called or settings["exp_name"]
+    if as_file:
+        path, config = folder / "3m" / f"{called}__{seed}.jsonl", folder / "3m" / f"{called}__{seed}.config.json"
+    else:
+        path = folder / f"3m__{called}__{seed}__{100 + len(list(folder.glob('*')))}" / "eval.jsonl"
+        config = path.with_name("config.json")
+    write_run(path, [0.5] * 10)
+    config.write_text(json.dumps(settings | {"seed": seed}))
+    return path
+
+
+def groups(*folders):
+    """Name -> seeds, of the only task."""
+    (by,) = plot.read(folders).values()
+    return {name: [run.seed for run in some] for name, some in by.items()}
+
+
+@pytest.mark.parametrize("as_file", [True, False], ids=["files", "run directories"])
+def test_runs_with_other_settings_are_not_pooled(tmp_path, as_file):
+    write_configured(tmp_path / "a", SETTINGS, 1, as_file=as_file)
+    write_configured(tmp_path / "b", SETTINGS | {"learning_rate": 3e-4}, 2, as_file=as_file)
+    one, other = "a2po_smac learning_rate=0.0005", "a2po_smac learning_rate=0.0003"
+    assert groups(tmp_path) == {one: [1], other: [2]}
+    assert groups(tmp_path / "a") == {"a2po_smac": [1]}, "nothing to tell it from"
+    write_configured(tmp_path / "a", SETTINGS | {"preopc": False}, 2, as_file=as_file)
+    assert groups(tmp_path) == {one: [1], other: [2], "a2po_smac-no-preopc learning_rate=0.0005": [2]}
+    write_configured(tmp_path / "c", SETTINGS | {"gamma": 0.9}, 3, as_file=as_file)
+    assert groups(tmp_path / "a", tmp_path / "c") == {
+        "a2po_smac gamma=0.99": [1],
+        "a2po_smac gamma=0.9": [3],
+        "a2po_smac-no-preopc gamma=0.99": [2],
+    }
+
+
+def test_settings_that_do_not_change_the_numbers_tell_nothing_apart(tmp_path):
+    """Nor do the machine, the versions and what an older run does not have."""
+    beside = {"git_commit": "abc", "versions": {"torch": "2.13.0"}, "device": "cuda", "reason": "as asked for"}
+    free = dict.fromkeys(FREE - {"exp_name"}, 7)
+    older = {name: value for name, value in SETTINGS.items() if name not in ("gamma", "exp_name")}
+    some = [SETTINGS, SETTINGS | free, SETTINGS | beside | {"stretches": [{"step": 0, "changed": {}}]}, older]
+    some.append(SETTINGS | {"stretches": [{"step": 5, "changed": {"torch_threads": 2, "total_timesteps": 9}}]})
+    for seed, settings in enumerate(some, 1):
+        write_configured(tmp_path, settings, seed, "a2po_smac")
+    write_run(tmp_path / "3m" / "a2po_smac__6.jsonl", [0.5] * 10)  # without settings
+    assert groups(tmp_path) == {"a2po_smac": [1, 2, 3, 4, 5, 6]}
+
+
+def test_an_older_run_goes_where_it_fits_and_nowhere_if_that_is_not_clear(tmp_path):
+    older = {name: value for name, value in SETTINGS.items() if name != "gamma"}
+    write_configured(tmp_path, SETTINGS, 1)
+    write_configured(tmp_path, older, 2)
+    write_configured(tmp_path, SETTINGS | {"learning_rate": 3e-4}, 3)
+    one, other = "a2po_smac learning_rate=0.0005", "a2po_smac learning_rate=0.0003"
+    assert groups(tmp_path) == {one: [1, 2], other: [3]}
+    write_configured(tmp_path, SETTINGS | {"gamma": 0.9}, 4)
+    ones = {f"a2po_smac gamma={gamma} learning_rate=0.0005": seeds for gamma, seeds in ((0.99, [1]), (0.9, [4]))}
+    assert groups(tmp_path) == {**ones, one: [2], "a2po_smac gamma=0.99 learning_rate=0.0003": [3]}
+
+
+def test_a_run_that_was_resumed_with_other_settings_is_a_group_of_its_own(tmp_path):
+    changed = [{"step": 0, "changed": {}}, {"step": 300, "changed": {"learning_rate": 3e-4, "cuda": False}}]
+    write_configured(tmp_path, SETTINGS, 1)
+    write_configured(tmp_path, SETTINGS | {"stretches": changed}, 2)
+    write_configured(tmp_path, SETTINGS | {"stretches": [*changed, {"step": 400, "changed": {}}]}, 3)
+    text = "a2po_smac resumed at 300 with learning_rate=0.0003"
+    assert groups(tmp_path) == {"a2po_smac": [1], text: [2], f"{text} resumed at 400 with its first settings": [3]}
+
+
+def test_names_are_exp_name_the_script_or_what_the_file_is_called(tmp_path):
+    write_configured(tmp_path / "a", SETTINGS | {"exp_name": "idea", "preopc": False}, 1)
+    assert groups(tmp_path / "a") == {"idea-no-preopc": [1]}
+    write_configured(tmp_path / "a", SETTINGS | {"exp_name": "idea", "script": "kl_smac"}, 2)
+    assert groups(tmp_path / "a") == {"idea-no-preopc script=a2po_smac": [1], "idea script=kl_smac": [2]}
+    for called, script in (("a2po_smac", "a2po_smac_mean"), ("a2po_smac-by-hand", "a2po_smac"), ("mine", "a2po_smac")):
+        write_configured(tmp_path / "b", SETTINGS | {"script": script, "exp_name": script}, 1, called, as_file=True)
+    assert set(groups(tmp_path / "b")) == {"a2po_smac_mean", "a2po_smac-by-hand", "mine"}
+
+
+@pytest.mark.parametrize(
+    "script, settings, end", [("happo", {"preopc": True}, "-preopc"), ("mappo", {"vtrace": True}, "-vtrace")]
+)
+def test_corrections_of_the_baselines_are_named_and_pooled_with_older_runs(tmp_path, script, settings, end):
+    """Which do not have the setting."""
+    common = {"script": f"{script}_smac", "exp_name": f"{script}_smac", "gamma": 0.99}
+    write_configured(tmp_path, common, 1)
+    write_configured(tmp_path, common | {name: False for name in settings}, 2)
+    write_configured(tmp_path, common | settings, 1)
+    write_configured(tmp_path, common | settings, 2, f"{script}_smac{end}", as_file=True)
+    assert groups(tmp_path) == {f"{script}_smac": [1, 2], f"{script}_smac{end}": [1, 2]}
+
+
+def test_an_ablation_in_between_is_named():
+    for c, end in ((0.5, ""), (1, "-fixed-clip"), (0.3, " clip_adaptation=0.3")):
+        assert plot.variant({"clip_adaptation": c}) == end
+    assert (
+        plot.variant({"preopc": False, "clip_adaptation": 1.0, "agent_order": "greedy"})
+        == "-no-preopc-fixed-clip-greedy"
+    )
+
+
+def test_algorithms_are_chosen_with_or_without_their_settings(tmp_path):
+    for seed, rate in ((1, 5e-4), (2, 3e-4)):
+        write_configured(tmp_path, SETTINGS | {"learning_rate": rate}, seed)
+    write_configured(tmp_path, SETTINGS | {"preopc": False}, 3)
+    names = [f"a2po_smac learning_rate={rate}" for rate in (0.0003, 0.0005)]
+    assert list(plot.read([tmp_path], algorithms=["a2po_smac"])["3m"]) == names
+    assert list(plot.read([tmp_path], algorithms=names[::-1])["3m"]) == names[::-1]
+    with pytest.raises(SystemExit):
+        plot.read([tmp_path], algorithms=["happo_smac"])
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmark" / "results"
+
+
+@pytest.mark.parametrize("section", ["table2", "figure3", "figure3-former-ratio", "figure4", "figure5-7", "figure10"])
+def test_published_runs_are_grouped_as_they_are_called(section):
+    runs = plot.read([RESULTS / section])
+    found = [run for by in runs.values() for some in by.values() for run in some]
+    assert len(found) == len(list((RESULTS / section).rglob("*__*.jsonl")))
+    assert {run.algorithm for run in found} == {run.path.name.split("__")[0] for run in found}
+    assert all(run.algorithm == run.path.name.split("__")[0] for run in found)
+
+
+def test_published_runs_of_two_lambdas_stay_apart():
+    assert groups(RESULTS / "preopc" / "lambda-0.91", RESULTS / "preopc" / "lambda-1.0") == {
+        f"a2po_smac{end} gae_lambda={trace}": [1, 2, 3] for end in ("", "-no-preopc") for trace in (0.91, 1.0)
+    }
 
 
 def test_over_tasks_only_what_all_have(tmp_path, capsys):
@@ -206,3 +351,13 @@ def test_figures(tmp_path, capsys):
     printed = capsys.readouterr()
     assert (tmp_path / "t.md").read_text().strip() == printed.out.strip()
     assert "mappo_smac: one seed, therefore no interval" in printed.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_table_on_a_full_disk_is_one_line(tmp_path, capsys):
+    pytest.importorskip("rliable")
+    write_run(tmp_path / "t" / "a__1.jsonl", [0.5] * 10)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.Args((tmp_path / "t",), table=Path("/dev/full"), reps=20))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert stop.value.code == 2 and errors == ["plot.py: error: /dev/full: cannot be written: No space left on device"]

@@ -3,12 +3,15 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +41,11 @@ def test_counts():
     assert len(jobs_of("figure3", "--seeds", "1")[0]) == 14 * existing("mamujoco")
     assert len(jobs_of("figure10", "--seeds", "1")[0]) == 4 * existing("mpe")
     assert len(jobs_of("figure4", "--seeds", "1")[0]) == 2 * existing("grf")
-    assert len(jobs_of("figure5", "--seeds", "1", "--tasks", "3s5z")[0]) == 2
+    assert len(jobs_of("preopc", "--seeds", "1", "--tasks", "3s5z")[0]) == 2
+    names = {job.algorithm for job in jobs_of("figure5", "--seeds", "1", "--tasks", "3s5z")[0]}
+    plain = {f"{algorithm}_smac" for algorithm in (*run.ALL, "rpisa")}
+    corrected = {"mappo_smac-vtrace", "coppo_smac-vtrace", "happo_smac-preopc", "a2po_smac-no-preopc"}
+    assert names == plain | corrected, "the paper's list, and A2PO without PreOPC"
     assert len(jobs_of("figure6", "--seeds", "1", "--tasks", "3s5z")[0]) == 6
     assert len(jobs_of("figure5-7", "--smax", "--seeds", "1")[0]) == 8
     assert len(jobs_of("table6")[0]) == 2 * 4 + 3 * existing("mamujoco")
@@ -46,6 +53,14 @@ def test_counts():
         "mappo_smac"
     ] * 3
     assert jobs_of("figure3", "--smax")[0] == []
+    assert len(jobs_of("table2", "--seeds", "1", "1", "--tasks", "3s5z", "3s5z")[0]) == 4, "nothing twice"
+
+
+def test_steps_may_be_written_with_an_exponent():
+    for text in ("2000000", "2_000_000", "2e6"):
+        assert jobs_of("preopc", "--total-timesteps", text)[0][0].total_timesteps == 2_000_000
+    with pytest.raises(SystemExit):
+        jobs_of("preopc", "--total-timesteps", "2.5")
 
 
 @pytest.mark.parametrize("matrix", run.MATRICES)
@@ -69,6 +84,8 @@ def test_smax_tasks_are_those_of_the_script():
     module = run.load(ROOT / "a2po_smac.py")
     assert set(run.SMAC_MAPS) == set(module.TABLE_7) - {"2m_vs_1z", "2s_vs_1sc"}, "those are ours"
     assert set(run.NOT_ON_SMAX) == set(run.SMAC_MAPS) - set(module.SMAX_MAPS)
+    assert sorted(run.SMAC_MAPS + run.OTHER_MAPS) == sorted({*module.SMAC_MAPS, *module.SMAX_MAPS})
+    assert run.SMACV2_MAP.replace("(", "").replace(")", "") == module.SMACV2_MAP.replace("(", "").replace(")", "")
 
 
 def test_every_free_setting_is_one_of_some_script():
@@ -78,6 +95,7 @@ def test_every_free_setting_is_one_of_some_script():
 
 def test_football_tasks_are_those_of_the_script():
     module = run.load(ROOT / "a2po_grf.py")
+    assert set(run.FOOTBALL_TASKS) == set(module.SCENARIOS)
     for task in module.SCENARIOS:
         benchmark, options = run.task_options(task, smax=False)
         assert benchmark == "grf" and options[:2] == ("--scenario", task)
@@ -88,12 +106,42 @@ def test_football_tasks_are_those_of_the_script():
 def test_mujoco_tasks_are_those_of_the_script():
     module = run.load(ROOT / "a2po_mamujoco.py")
     tasks = {f"{robot}-{partition}" for robot, partitions in module.PARTITIONS.items() for partition in partitions}
-    assert set(run.MUJOCO_TASKS) == tasks - {"HumanoidStandup-17x1"} and len(run.MUJOCO_TASKS) == 14
+    assert set(run.MUJOCO_TASKS) == tasks - set(run.OTHER_ROBOTS) and len(run.MUJOCO_TASKS) == 14
+    for task in tasks:
+        benchmark, options = run.task_options(task, smax=False)
+        assert benchmark == "mamujoco" and module.parse_args(list(options)).partition == task.split("-")[1]
+
+
+@pytest.mark.parametrize(
+    "task, meant",
+    [
+        ("Ant_4x2", "Ant-4x2"),
+        ("ant-4x2", "Ant-4x2"),
+        ("Humanoid-9x8", "Humanoid-9|8"),
+        ("3s_5z", "3s5z"),
+        ("5vs5", "5_vs_5"),
+        ("spread_3_0", "spread-3-0"),
+        ("academy_cornr", "academy_corner"),
+        ("mmm2", "MMM2"),
+    ],
+)
+def test_a_task_that_is_none_is_one_line_with_what_may_have_been_meant(task, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        jobs_of("figure10", "--tasks", "3s5z", task)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"did you mean {meant}?" in line and "spread-{agents}" in line
+
+
+def test_a_task_like_none_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        jobs_of("figure10", "--tasks", "quidditch")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("run.py: error: --tasks quidditch: it must be one of SMAC's maps")
 
 
 FAKE = '''
 """Counts to --total-timesteps, 100 steps an iteration, and stops on SIGTERM as the real ones do."""
-import dataclasses, json, os, signal, sys, time
+import dataclasses, fcntl, json, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import tyro
@@ -106,8 +154,10 @@ class Args:
     total_timesteps: int = 1000
     gae_lambda: float | None = None
     preopc: bool = True
+    clip_adaptation: float = 0.5
     torch_threads: int | None = None
     resume: str = ""
+    exp_name: str = Path(__file__).stem
     fail: bool = False
     sleep: float = 0.0
 
@@ -127,15 +177,25 @@ def complete_args(args):
 
 def main(args):
     args = complete_args(args)
-    if args.fail:
+    if args.fail or args.seed == 13:
         sys.exit("no luck")
-    name, step = f"{args.map}-smax__{Path(__file__).stem}__{args.seed}__{time.time_ns()}", 0
+    name, step = f"{args.map}-smax__{args.exp_name}__{args.seed}__{time.time_ns()}", 0
     run_dir = Path(args.resume or f"runs/{name}")
+    checkpoint, file = run_dir / "checkpoint.pt", run_dir / "config.json"
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
+    config = settings | {"script": Path(__file__).stem, "stretches": []}
     if args.resume:
-        step = json.loads((run_dir / "checkpoint.pt").read_text())["step"]
+        step, config = json.loads(checkpoint.read_text())["step"], json.loads(file.read_text())
+        lines = (run_dir / "eval.jsonl").read_text().splitlines(keepends=True)
+        (run_dir / "eval.jsonl").write_text("".join(lines[: step // 100]))
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    lock = file.open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    changed = {name: value for name, value in settings.items() if config[name] != value}
+    config["stretches"].append({"step": step, "changed": changed})
+    file.write_text(json.dumps(config))
     print(run_dir, os.environ["OMP_NUM_THREADS"], flush=True)
+    print("pids", os.environ.get("RAY_RAYLET_PID"), os.getppid(), os.getpid(), flush=True)  # node, worker, script
     stops = []
     signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
     while step < args.total_timesteps and not stops:
@@ -145,8 +205,8 @@ def main(args):
             file.write(json.dumps({"step": step, "win_rate": 0.5}) + "\\n")
         share = 100 * step // args.total_timesteps
         print(f"\\r {share}%|##  | {step}/{args.total_timesteps} [SPS 7]", end="", flush=True)
-    saved = {"step": step, "args": dataclasses.asdict(args) | {"resume": ""}}
-    (run_dir / "checkpoint.pt").write_text(json.dumps(saved))
+        checkpoint.with_suffix(".tmp").write_text(json.dumps({"step": step, "args": settings}))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     sys.exit(143 if stops else 0)
 
 if __name__ == "__main__":
@@ -169,7 +229,7 @@ def start(job, base, run_dir=None):
 
 
 def fake_jobs(*argv):
-    return jobs_of("figure5", "--smax", "--tasks", "3s5z", "--seeds", "1", *argv)[0]
+    return jobs_of("preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", *argv)[0]
 
 
 def test_new_done_cut_off(fake):
@@ -195,6 +255,64 @@ def test_new_done_cut_off(fake):
     assert run.find_run(same, fake)[0] == "done"
 
 
+def test_a_run_that_was_resumed_with_other_settings_belongs_to_no_job(fake):
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    run_dir = run.find_run(job, fake)[1]
+    job, _ = fake_jobs("--total-timesteps", "500")
+    resumed = [*job.command(1, run_dir), "--sleep", "0.001"]
+    assert run.run_process(resumed, fake, run.log_of(job, fake), 0) == 0
+    first, second = run.read_config(fake / run_dir / "config.json")["stretches"]
+    assert (second["step"], second["changed"]) == (300, {"total_timesteps": 500, "sleep": 0.001})
+    assert run.find_run(job, fake) == ("new", None)
+    assert run.resumed_with({"stretches": [first, second]}) == [(300, {"sleep": 0.001})]
+    back = {"step": 400, "changed": {"torch_threads": 7}}
+    assert run.resumed_with({"stretches": [first, second, second, back]}) == [(300, {"sleep": 0.001}), (400, {})]
+    assert run.resumed_with({"stretches": [first, back]}) == run.resumed_with({}) == []
+
+
+def test_runs_of_another_name_are_others(fake):
+    plain, _ = fake_jobs("--total-timesteps", "300")
+    idea, _ = fake_jobs("--total-timesteps", "300", "--options=--exp-name idea")
+    start(plain, fake)
+    assert run.find_run(idea, fake)[0] == "new"
+    start(idea, fake)
+    assert run.find_run(idea, fake)[0] == run.find_run(plain, fake)[0] == "done"
+    run.collect([plain, idea], fake, fake / "results")
+    assert set(plot.read([fake / "results"])["3s5z-smax"]) == {"a2po_smac", "idea"}
+    older = json.loads((fake / run.find_run(plain, fake)[1] / "config.json").read_text())
+    del older["exp_name"]
+    (fake / run.find_run(plain, fake)[1] / "config.json").write_text(json.dumps(older))
+    assert run.find_run(plain, fake)[0] == "done"
+
+
+def test_a_setting_that_an_older_run_does_not_have_is_as_by_default(fake):
+    plain, without = fake_jobs("--total-timesteps", "300")
+    start(plain, fake)
+    file = fake / run.find_run(plain, fake)[1] / "config.json"
+    older = run.read_config(file)
+    del older["preopc"], older["gae_lambda"]  # the latter depends on the task
+    file.write_text(json.dumps(older))
+    assert run.find_run(plain, fake)[0] == "done" and run.find_run(without, fake)[0] == "new"
+
+
+def test_a_script_of_ones_own(fake, capsys):
+    """Also two of one benchmark; what is not there is told with what is."""
+    (fake / "kl_smac.py").write_text(FAKE)
+    (fake / "soft_kl_smac.py").write_text(FAKE)
+    jobs, _ = jobs_of("table2", "--tasks", "3s5z", "--seeds", "1", "--algorithms", "kl", "soft_kl", "a2po")
+    assert [job.script.name for job in jobs] == ["kl_smac.py", "soft_kl_smac.py", "a2po_smac.py"]
+    assert len(jobs_of("preopc", "--tasks", "3s5z", "--seeds", "1", "--algorithms", "kl")[0]) == 2
+    assert jobs_of("preopc", "--tasks", "3s5z", "--algorithms", "mappo")[0] == []
+    assert start(fake_jobs("--algorithms", "kl", "--total-timesteps", "100")[0], fake) == 0
+    with pytest.raises(SystemExit) as stop:
+        jobs_of("table2", "--algorithms", "kl", "lk")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("run.py: error: --algorithms lk: ")
+    assert line.endswith("for these tasks there are a2po kl soft_kl")
+    sys.modules.pop("kl_smac", None)
+
+
 def test_run_without_checkpoint_starts_anew_and_a_cut_line_is_no_step(fake):
     job, _ = fake_jobs("--total-timesteps", "300")
     start(job, fake)
@@ -216,10 +334,9 @@ def test_what_others_run_is_left_alone(fake):
         assert run.find_run(longer, fake)[0] == "running"
         assert isinstance(start(longer, fake, run_dir), str)
     assert run.find_run(longer, fake) == ("cut off", run_dir)
-    log.unlink()  # not in our log, and just written to
-    assert run.find_run(longer, fake) == ("running", run_dir)
-    for file in (fake / run_dir).iterdir():
-        os.utime(file, (time.time() - 1000,) * 2)
+    with (fake / run_dir / "config.json").open("a") as file:  # somebody else's
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run.find_run(longer, fake) == ("running", run_dir)
     assert run.find_run(longer, fake) == ("cut off", run_dir)
 
 
@@ -263,8 +380,52 @@ def test_collect(fake, capsys):
     assert found.records[-1]["step"] == 1000
 
 
+def test_collect_replaces_no_run_with_other_settings(fake, capsys):
+    """The same one again, further, may be."""
+    for total in ("300", "500"):
+        job, _ = fake_jobs("--total-timesteps", total)
+        start(job, fake, run.find_run(job, fake)[1])
+        assert run.collect([job], fake, fake / "results") == 0
+    other, _ = fake_jobs("--total-timesteps", "300", "--options=--gae-lambda 0.9")
+    start(other, fake)
+    with pytest.raises(SystemExit) as stop:
+        run.collect([other], fake, fake / "results")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "gae_lambda 0.95, not 0.9; give another folder" in line
+    (found,) = plot.read([fake / "results"])["3s5z-smax"]["a2po_smac"]
+    assert found.records[-1]["step"] == 500
+    assert run.collect([other], fake, fake / "others") == 0
+
+
+def test_collect_calls_files_as_plot_does(fake):
+    job, _ = fake_jobs("--total-timesteps", "300", "--options=--clip-adaptation 0.3")
+    start(job, fake)
+    run.collect([job], fake, fake / "results")
+    (file,) = (fake / "results").rglob("*__1.jsonl")
+    assert list(plot.read([fake / "results"])["3s5z-smax"]) == list(plot.read([fake / "runs"])["3s5z-smax"])
+    assert file.name == "a2po_smac clip_adaptation=0.3__1.jsonl"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_collect_on_a_full_disk_is_one_line(fake, capsys):
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    folder = fake / "results" / "3s5z-smax"
+    folder.mkdir(parents=True)
+    (folder / "a2po_smac__1.jsonl").write_text("as it was")
+    (folder / "a2po_smac__1.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        run.collect([job], fake, fake / "results")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(
+        f"run.py: error: --collect {fake / 'results'}: cannot be written: No"
+    )
+    assert (folder / "a2po_smac__1.jsonl").read_text() == "as it was"
+    assert sorted(path.name for path in folder.iterdir()) == ["a2po_smac__1.config.json", "a2po_smac__1.jsonl"]
+
+
 def test_dry_run_prints_what_is_missing(fake, capsys):
-    argv = ["figure5", "--smax", "--tasks", "3s5z", "--seeds", "1", "--total-timesteps", "200", "--dir", str(fake)]
+    argv = ["preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", "--total-timesteps", "200", "--dir", str(fake)]
     start(fake_jobs("--total-timesteps", "200")[0], fake)
     assert run.main(run.tyro.cli(run.Args, args=[*argv, "--dry-run"])) == 0
     printed = capsys.readouterr()
@@ -294,6 +455,11 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
         ["table2", "--dir", "/nowhere"],
         ["table2", "--seeds", "-4", "--tasks", "3s5z"],
         ["table2", "--options=--nonsense 3", "--tasks", "3s5z"],
+        ["table2", "--options=--map '3s5z", "--tasks", "3s5z"],
+        ["table2", "--smax", "--options=--seed 9", "--tasks", "3s5z"],
+        ["table2", "--gpus-per-job", "1.5"],
+        ["table2", "--gpus-per-job", "nan"],
+        ["preopc", "--algorithms", "mappo"],
     ],
     ids=" ".join,
 )
@@ -303,6 +469,175 @@ def test_bad_options_are_one_line(argv, capsys, monkeypatch, tmp_path):
         run.main(run.tyro.cli(run.Args, args=argv))
     errors = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
     assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("run.py: error: ")
+
+
+class NodeDied(Exception):
+    pass
+
+
+class Cluster:
+    """In Ray's place: each job that is started ends at once with the next of some outcomes."""
+
+    exceptions = SimpleNamespace(
+        NodeDiedError=NodeDied,
+        WorkerCrashedError=NodeDied,
+        LocalRayletDiedError=NodeDied,
+        TaskCancelledError=KeyError,
+        RayError=RuntimeError,
+    )
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.commands, self.times = list(outcomes), [], []
+
+    def remote(self, *arguments, **options):
+        if options:
+            return lambda function: self
+        self.commands.append(arguments[0])
+        self.times.append(time.time())
+        return len(self.commands) - 1
+
+    def wait(self, references, timeout):
+        return references, []
+
+    def get(self, reference):
+        outcome = self.outcomes[reference]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def shutdown(self):
+        pass
+
+
+@pytest.fixture
+def handlers():
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def run_on(cluster, jobs, base, monkeypatch):
+    monkeypatch.setattr(run, "start_ray", lambda args, cpus: cluster)
+    return run.run_all(jobs, run.Args("preopc"), 1, base)
+
+
+def test_a_job_that_loses_machine_after_machine_fails(fake, monkeypatch, handlers, capsys):
+    job, _ = fake_jobs()
+    cluster = Cluster(NodeDied(), NodeDied(), NodeDied(), 0)
+    assert run_on(cluster, [(job, None)], fake, monkeypatch) == 1
+    assert len(cluster.commands) == run.LOSSES
+    printed = capsys.readouterr().err
+    assert [f"lost its machine, {k} of at most 3 times: {job.name}" in printed for k in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    assert printed.count(f"goes on elsewhere, anew: {job.name}") == 2
+    assert f"failed: {job.name}: has lost 3 machines" in printed
+
+
+def test_a_job_that_fails_is_not_repeated(fake, monkeypatch, handlers, capsys):
+    jobs = [(job, None) for job in fake_jobs()]
+    cluster = Cluster(1, RuntimeError("no such thing\nat line 3"))
+    assert run_on(cluster, jobs, fake, monkeypatch) == 1 and len(cluster.commands) == 2
+    printed = capsys.readouterr().err
+    assert f"failed: {jobs[0][0].name}: status 1: no output" in printed
+    assert f"failed: {jobs[1][0].name}: no such thing\n" in printed and "line 3" not in printed
+
+
+def test_a_lost_job_waits_for_its_process_and_goes_on_from_its_checkpoint(fake, monkeypatch, handlers):
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    job, _ = fake_jobs("--total-timesteps", "500")
+    log = run.log_of(job, fake).open("ab")
+    fcntl.flock(log, fcntl.LOCK_EX)
+    released = []
+    threading.Timer(1.5, lambda: (released.append(time.time()), log.close())).start()
+    cluster = Cluster(NodeDied(), 0)
+    assert run_on(cluster, [(job, run.find_run(job, fake)[1])], fake, monkeypatch) == 0
+    first, second = cluster.times
+    assert second > released[0] > first + 1
+    run_dir = run.find_run(job, fake)[1]
+    assert cluster.commands[1][2:6] == ["--resume", str(run_dir), "--total-timesteps", "500"]
+
+
+def test_a_lost_job_whose_process_has_finished_is_done(fake, monkeypatch, handlers, capsys):
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    cluster = Cluster(NodeDied())
+    assert run_on(cluster, [(job, None)], fake, monkeypatch) == 0
+    assert len(cluster.commands) == 1 and f"finished: {job.name}" in capsys.readouterr().err
+
+
+def wait_until(condition, seconds=40):
+    """The condition's first value that is true."""
+    end = time.time() + seconds
+    while time.time() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("it took too long")
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "nonsense", "nowhere.invalid:6379", "127.0.0.1:99999999"])
+def test_a_cluster_that_is_none_is_one_line(address, monkeypatch, capfd):
+    """auto too, where a cluster that is gone has left its address."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1" if address == "auto" else "")
+    begin = time.time()
+    with pytest.raises(SystemExit) as stop:
+        run.start_ray(run.Args("table2", address=address), 1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"run.py: error: --address {address}: no Ray cluster there, ")
+    assert time.time() - begin < 20
+
+
+def test_two_machines_one_of_which_is_lost(tmp_path, monkeypatch):
+    """A real cluster: jobs run on both nodes; what ran on the one that dies goes on from its checkpoint on the other,
+    whether its process was killed too or has time to save."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    (tmp_path / "benchmark").mkdir()
+    shutil.copy(ROOT / "benchmark" / "run.py", tmp_path / "benchmark")
+    (tmp_path / "a2po_smac.py").write_text(FAKE)
+
+    def pids():
+        """Job -> (node, worker, script) of its starts."""
+        logs = {log.stem: log.read_text() for log in tmp_path.glob("runs/logs/*.log")}
+        return {job: [*map(str.split, re.findall(r"pids (\d+ \d+ \d+)", text))] for job, text in logs.items()}
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    driver = None
+    try:
+        lost = str(cluster.add_node(num_cpus=2).all_processes["raylet"][0].process.pid)
+        command = [sys.executable, "benchmark/run.py", "preopc", "--smax", "--tasks", "3s5z"]
+        command += ["--seeds", "1", "2", "13", "--total-timesteps", "6e3", "--options=--sleep 0.1"]
+        command += ["--address", cluster.address]
+        with (tmp_path / "output").open("w") as output:
+            driver = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+        wait_until(lambda: len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 4 or driver.poll() is not None)
+        before = pids()
+        there = [job for job, starts in before.items() if starts and starts[-1][0] == lost]
+        assert len(there) == 2, "two jobs on each node"
+        node, worker, script = before[there[0]][-1]
+        os.kill(int(script), signal.SIGKILL)  # as on a machine that is gone
+        for pid in (node, worker, before[there[1]][-1][1]):
+            os.kill(int(pid), signal.SIGKILL)
+        assert driver.wait(60) == 1, (tmp_path / "output").read_text()
+    finally:
+        if driver:
+            driver.kill()
+        cluster.shutdown()
+    printed = (tmp_path / "output").read_text()
+    assert printed.count("finished: ") == 4 and printed.count("status 1: no luck") == 2
+    assert not re.search("Traceback|raylet", printed), "Ray's own reports"
+    for job in there:
+        assert printed.count(f"lost its machine, 1 of at most 3 times: {job}\n") == 1
+        assert re.search(rf"goes on elsewhere, evaluated until step \d+: {job}\n", printed)
+    for job, starts in pids().items():
+        assert len(starts) == (0 if job.endswith("__13") else 2 if job in there else 1), job
+    configs = [run.read_config(path) for path in tmp_path.glob("runs/*/config.json")]
+    assert sorted(len(config["stretches"]) for config in configs) == [1, 1, 2, 2]
+    for path in tmp_path.glob("runs/*/eval.jsonl"):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(100, 6001, 100))
 
 
 def test_view_redraws_on_a_terminal_only():

@@ -127,13 +127,13 @@ def test_a_run_has_one_process(train, capsys):
     run = train()
     before = everything_in(run.folder)
     words = ["--resume", str(run.folder), "--total-timesteps", "60"]
-    other = os.open(run.folder, os.O_RDONLY)
+    other = (run.folder / "config.json").open("a")
     fcntl.flock(other, fcntl.LOCK_EX)
     capsys.readouterr()
     assert train(argv=words).status == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--resume {run.folder}: another process" in line and everything_in(run.folder) == before
-    os.close(other)
+    other.close()
     assert train(argv=words).status == 0
 
 

@@ -1,0 +1,73 @@
+"""The programs of benchmark/: what they cannot write is one line, before they have worked for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf
+
+WORK = {  # what begins each program's work
+    run: ("find_run", "run_all"),
+    plot: ("read",),
+    speed: ("run_measurement",),
+    bounds: ("study",),
+    speed_grf: ("BareEngines", "Games"),
+    random_mpe: ("random_returns",),
+}
+TABLE2 = ["table2", "--smax", "--tasks", "3s5z", "--algorithms", "mappo", "--seeds", "1"]
+CASES = [
+    (run, [*TABLE2, "--collect", "FILE/x"]),
+    (run, [*TABLE2, "--collect", "FILE"]),
+    (run, [*TABLE2, "--dir", "FOLDER"]),
+    (plot, ["FILE", "--table", "FILE/x.md"]),
+    (plot, ["FILE", "--table", "FOLDER"]),
+    (plot, ["FILE", "--out", "FILE/x.png"]),
+    (plot, ["FILE", "--efficiency", "x.svg", "FILE/x.svg"]),
+    (plot, ["FILE", "--improvement", "FILE/a/x.svg"]),
+    (speed, ["--out", "FILE/x"]),
+    (speed, ["--out", "FOLDER"]),
+    (bounds, ["--out", "FILE"]),
+    (bounds, ["--out", "FOLDER"]),
+    (speed_grf, ["--out", "FILE/x.json"]),
+    (speed_grf, ["--out", "nowhere/x.json"]),
+    (random_mpe, ["FILE/x.json"]),
+    (policy, ["FILE", "FILE/x.pt"]),
+]
+
+
+@pytest.mark.parametrize("program, argv", CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else x.__name__)
+def test_it_is_told_before_the_work(program, argv, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").write_text("")  # as root, no permission is refused; nothing can be below a file
+    for name in ("speed.md", "summary.json"):  # files to write
+        (tmp_path / "FOLDER" / name).mkdir(parents=True)
+    (tmp_path / "FOLDER" / "runs").write_text("")  # a folder to write to
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for name in WORK.get(program, ()):
+        monkeypatch.setattr(program, name, lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit) as stop:
+        program.main(program.tyro.cli(program.Args, args=argv))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "cannot be written: " in line
+    assert line.startswith(f"{Path(program.__file__).name}: error: ")
+    assert sorted(tmp_path.rglob("*")) == before, "and it leaves nothing behind"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_in_the_end_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(random_mpe, "random_returns", lambda *_: [1.0, 2.0])
+    with pytest.raises(SystemExit) as stop:
+        random_mpe.main(random_mpe.Args(Path("/dev/full")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        stop.value.code == 2 and line == "random_mpe.py: error: /dev/full: cannot be written: No space left on device"
+    )
+
+
+def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_mpe, "random_returns", lambda n_agents, local_ratio, episodes: [-n_agents, -local_ratio])
+    random_mpe.main(random_mpe.Args(tmp_path / "new" / "random.json"))
+    levels = json.loads((tmp_path / "new" / "random.json").read_text())
+    assert list(levels) == ["spread-3-0", "spread-3-0.5", "spread-5-0", "spread-5-0.5"]
+    assert levels["spread-5-0.5"] == {"episodes": 2, "mean": -2.75, "standard_error": round(2.25 / 2**0.5, 3)}
