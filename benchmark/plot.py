@@ -471,6 +471,34 @@ def run_table(runs: Runs, metrics: dict[str, str], reach: float) -> str:
     return markdown([*header, f"first evaluation of {reach:g} or more, by seed"], rows)
 
 
+def areas(runs: list[Run], metric: str, end: float) -> dict[int, float]:
+    """Seed -> area under the learning curve: the mean over all evaluations up to the step `end`."""
+    curves = {run.seed: run.curve(metric) for run in runs}
+    return {seed: float(values[steps <= end].mean()) for seed, (steps, values) in curves.items()}
+
+
+def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
+    """The areas of every pair of algorithms over the seeds that both have, up to the step that all runs of the task
+    have reached; and the mean of the differences by seed, with its 95% bootstrap interval over the seeds."""
+    rows = []
+    for task, by in runs.items():
+        end = 1.005 * min(run.records[-1]["step"] for some in by.values() for run in some)  # steps come in iterations
+        for x, y in itertools.combinations(by, 2):
+            first, second = (areas(by[name], metrics[task], end) for name in (x, y))
+            seeds = sorted(first.keys() & second.keys())
+            if not seeds:
+                continue
+            differences = np.array([first[seed] - second[seed] for seed in seeds])
+            interval = "one seed"
+            if len(seeds) > 1:
+                ends = intervals(differences[:, None], lambda z: middle_of(z, "mean"), args)
+                interval = ", ".join(number(float(side[0]), metrics[task], 2) for side in ends)
+            means = [np.mean([one[seed] for seed in seeds]) for one in (first, second)]
+            cells = [number(float(value), metrics[task], 2) for value in (*means, differences.mean())]
+            rows.append([task, x, y, ", ".join(map(str, seeds)), *cells[:2], f"{cells[2]} [{interval}]"])
+    return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y"], rows)
+
+
 def improvements(runs: Runs, metrics: dict[str, str], args: Args) -> list[tuple[str, str, float, float, float]]:
     """(X, Y, P(X > Y), its interval) for every pair of algorithms; over tasks it is the mean of the tasks."""
     matrices, found = score_matrices(runs, metrics), []
@@ -640,6 +668,11 @@ def main(args: Args):
     parts = [f"Median (standard deviation) over seeds of the median of the last ten evaluations{unit}:"]
     parts += [paper_table(runs, metrics), f"IQM of the same, [95% stratified bootstrap interval]{unit}:"]
     parts += [interval_table(runs, metrics, args), "Every run:", run_table(runs, metrics, args.reach)]
+    if any(len(by) > 1 for by in runs.values()):
+        heading = (
+            "Area under the learning curve (mean over the evaluations that all have), paired by seed, [95% interval]"
+        )
+        parts += [f"{heading}{unit}:", area_table(runs, metrics, args)]
     if args.improvement:
         if len(algorithms_of(runs)) < 2:
             usage_error("--improvement", "needs two algorithms")

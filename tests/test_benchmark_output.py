@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf
+from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, upside_down
 
 WORK = {  # what begins each program's work
     run: ("find_run", "run_all"),
@@ -14,6 +14,7 @@ WORK = {  # what begins each program's work
     bounds: ("study",),
     speed_grf: ("BareEngines", "Games"),
     random_mpe: ("random_returns",),
+    upside_down: ("measure",),
 }
 TABLE2 = ["table2", "--smax", "--tasks", "3s5z", "--algorithms", "mappo", "--seeds", "1"]
 CASES = [
@@ -33,6 +34,7 @@ CASES = [
     (speed_grf, ["--out", "nowhere/x.json"]),
     (random_mpe, ["FILE/x.json"]),
     (policy, ["FILE", "FILE/x.pt"]),
+    (upside_down, ["FILE", "--out", "FILE/x.json"]),
 ]
 
 
@@ -71,3 +73,24 @@ def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
     levels = json.loads((tmp_path / "new" / "random.json").read_text())
     assert list(levels) == ["spread-3-0", "spread-3-0.5", "spread-5-0", "spread-5-0.5"]
     assert levels["spread-5-0.5"] == {"episodes": 2, "mean": -2.75, "standard_error": round(2.25 / 2**0.5, 3)}
+
+
+def test_on_the_back(tmp_path, monkeypatch):
+    """The share of steps with a torso whose angle has a negative cosine, and the returns, of a checkpoint."""
+    pytest.importorskip("envpool")
+    monkeypatch.setattr(upside_down, "STEPS", 3)
+    policy_file = Path(__file__).resolve().parents[1] / "benchmark/policies/mujoco-halfcheetah-2x3.pt"
+    monkeypatch.chdir(tmp_path)
+    upside_down.main(upside_down.Args((policy_file,), Path("out.json")))
+    (record,) = json.loads(Path("out.json").read_text())
+    assert record["script"] == "a2po_mamujoco" and record["on_its_back"] == 0 and len(record["returns"]) == 4
+    monkeypatch.setattr(upside_down, "TORSO_ANGLE", slice(None))  # many numbers, some of them beyond pi / 2
+    assert upside_down.measure(policy_file)["on_its_back"] > 0
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "benchmark/policies/smac-3s5z-smax.pt"])
+def test_what_is_no_cheetah_is_one_line(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        upside_down.main(upside_down.Args((Path(__file__).resolve().parents[1] / name,)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and name in line

@@ -77,6 +77,22 @@ def test_probability_of_improvement():
     assert plot.improvement(x, y) == pytest.approx((0.5 + 0.25) / 2)  # by task 1/2, and two ties of four
 
 
+def test_areas_are_paired_by_seed(tmp_path):
+    """Means over the evaluations that all runs have; differences by seed, of the seeds that both have."""
+    pytest.importorskip("rliable")
+    for seed, area in {1: 0.5, 2: 0.25, 3: 0.75, 4: 1.0}.items():
+        write_run(tmp_path / "t" / f"x_smac__{seed}.jsonl", [0.0, 2 * area], steps=[1000, 2000])
+    for seed, area in {1: 0.25, 2: 0.25, 3: 0.25}.items():
+        write_run(tmp_path / "t" / f"y_smac__{seed}.jsonl", [2 * area, 0.0, 1.0], steps=[1000, 2005, 3000])
+    runs = plot.read([tmp_path])
+    _, row = cells(plot.area_table(runs, plot.choose_metrics(runs, "auto"), plot.Args(paths=())))
+    # Differences 0.25, 0, 0.5: with three seeds the bootstrap's 95% reach to the smallest and the largest.
+    assert row == ["t", "x_smac", "y_smac", "1, 2, 3", "50.00", "25.00", "25.00 [0.00, 50.00]"]
+    pair = {"t": {name: [run for run in some if run.seed == 1] for name, some in runs["t"].items()}}
+    (_, row) = cells(plot.area_table(pair, {"t": "win_rate"}, plot.Args(paths=())))
+    assert row[-1] == "25.00 [one seed]"
+
+
 def test_last_line_that_was_cut_off(tmp_path, capsys):
     path = write_run(tmp_path / "t" / "a__1.jsonl", [0.5, 0.75])
     path.write_text(path.read_text() + '{"step": 300, "win_')
