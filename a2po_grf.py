@@ -106,6 +106,8 @@ class Args:
     gets ceil(P / blocks) of them (Algorithm 2)"""
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one"""
+    cumulative_blocks: bool = False
+    """with shared parameters every update trains the blocks before it again, too (the authors' launch scripts)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -387,6 +389,8 @@ def main(args: Args):
 
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
+    if args.cumulative_blocks and not args.share_parameters:
+        usage_error("--cumulative-blocks", args.cumulative_blocks, "needs --share-parameters")
 
     # One network of each kind that all agents share, or one for each agent.
     H, shared = args.hidden_size, args.share_parameters
@@ -456,6 +460,8 @@ def main(args: Args):
             scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1)).cpu()
             order = torch.tensor(agent_order(scores, args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
+            if args.cumulative_blocks:
+                blocks = [torch.cat(blocks[: k + 1]) for k in range(len(blocks))]
 
             # Algorithm 1, parameters of their own: the blocks one after the other, each with all P epochs.
             # Algorithm 2, shared parameters: ceil(P / blocks) epochs, and in each the blocks one after the other.

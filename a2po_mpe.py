@@ -97,6 +97,8 @@ class Args:
     """P, passes over the rollout (Table 10); each block gets ceil(P / blocks) of them (Algorithm 2)"""
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one (Algorithm 2)"""
+    cumulative_blocks: bool = False
+    """every update trains the blocks before it again, too (the authors' launch scripts; more work)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -431,6 +433,8 @@ def main(args: Args):
             scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1)).cpu()
             order = torch.tensor(agent_order(scores, args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
+            if args.cumulative_blocks:
+                blocks = [torch.cat(blocks[: k + 1]) for k in range(len(blocks))]
 
             # Algorithm 2: ceil(P / blocks) epochs, and in each the blocks one after the other.
             for _ in range(math.ceil(args.update_epochs / len(blocks))):

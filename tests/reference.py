@@ -229,10 +229,11 @@ class Reference:
         return self.log
 
     def cut(self, order):
-        """Blocks as equal as can be, the larger ones first."""
+        """Blocks as equal as can be, the larger ones first; or each with all before it."""
         size, more = divmod(self.n, self.args.agent_blocks)
         ends = [k * size + min(k, more) for k in range(self.args.agent_blocks + 1)]
-        return [order[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        begins = [0] * len(ends) if getattr(self.args, "cumulative_blocks", False) else ends
+        return [order[a:b] for a, b in zip(begins, ends[1:], strict=False)]
 
     def corrected(self, rho, gae):
         """Advantages for the policies that have changed by rho, and the values' targets."""

@@ -216,18 +216,18 @@ MAP = ["--map", "3m"]
 
 
 def test_a_checkpoint_of_another_script(files, monkeypatch, capsys):
-    """MAPPO's knows no blocks and A2PO's more options than MAPPO's script; of the same kind it can be evaluated."""
-    a2po, mappo, happo = (load(f"{name}_smac") for name in ("a2po", "mappo", "happo"))
+    """A2PO has more options than MAPPO and HAPPO; MAPPO's and CoPPO's are the same, and either evaluates the other's."""
+    a2po, mappo, happo, coppo = (load(f"{name}_smac") for name in ("a2po", "mappo", "happo", "coppo"))
     path = str(files(a2po) / "good.pt")
     for other in (mappo, happo):
         lines = left_with(other, ["--eval-only", "--checkpoint", path], capsys)
         assert len(lines) == 1 and f"--checkpoint {path}" in lines[0] and "another script" in lines[0]
     monkeypatch.chdir(files(mappo))
-    with in_place_of_the_simulator(a2po, Skirmish):
-        a2po.main(a2po.parse_args(["--eval-only", "--checkpoint", "good.pt", "--torch-threads", "1"]))
+    with in_place_of_the_simulator(coppo, Skirmish):
+        coppo.main(coppo.parse_args(["--eval-only", "--checkpoint", "good.pt", "--torch-threads", "1"]))
         assert "2 greedy episodes" in capsys.readouterr().out
-        lines = left_with(a2po, ["--resume", "run"], capsys)
-    assert len(lines) == 1 and "is of script mappo_smac, not of a2po_smac" in lines[0]
+        lines = left_with(coppo, ["--resume", "run"], capsys)
+    assert len(lines) == 1 and "is of script mappo_smac, not of coppo_smac" in lines[0]
 
 
 def test_tracking_needs_its_package(script, monkeypatch, capsys):

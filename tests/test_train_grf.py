@@ -113,6 +113,7 @@ def reference_of(run, script):
 # ----------------------------------------------------------------------------------------- on a small game of ours
 SEQUENTIAL = [name for name in GRF_SCRIPTS if hasattr(load(name).Args, "agent_blocks")]
 CASES = [(name, {}, 2) for name in GRF_SCRIPTS] + [(name, {}, 3) for name in SEQUENTIAL]
+CASES += [("a2po_grf", {"cumulative_blocks": True}, 2)]
 CASES += [("happo_grf", {"preopc": True}, 3), ("mappo_grf", {"vtrace": True}, 2), ("coppo_grf", {"vtrace": True}, 2)]
 
 
@@ -120,6 +121,7 @@ CASES += [("happo_grf", {"preopc": True}, 3), ("mappo_grf", {"vtrace": True}, 2)
 @pytest.mark.parametrize(("script", "options", "blocks"), CASES, ids=str, indirect=["script"])
 def test_training_is_the_algorithm_in_plain_loops(script, options, blocks, shared, train):
     """Two iterations of main, in double, and of loops over samples: the same losses, weights, steps and episodes."""
+    shared = shared or "cumulative_blocks" in options
     options = options | {"share_parameters": shared, "agent_blocks": blocks, "crashes": CRASHES, "dtype": np.float64}
     with in_double():
         # Algorithm 2 makes six epochs of five, in rounds of two or three.
@@ -347,6 +349,7 @@ def test_a_checkpoint_is_evaluated(script, tmp_path, monkeypatch, capsys):
     "options, message",
     [
         ("--scenario nowhere", "--scenario nowhere: must be one of 5_vs_5"),
+        ("--cumulative-blocks", "--cumulative-blocks True: needs --share-parameters"),
         ("--agent-blocks 5", "--agent-blocks 5: must be within 1 and 4, the number of agents"),
         ("--num-steps 15", "--num-steps 15: must be a multiple of --chunk-length 10"),
         ("--reward-goal -1", "--reward-goal -1.0: must be a number of at least 0"),
@@ -354,8 +357,9 @@ def test_a_checkpoint_is_evaluated(script, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_options_are_one_line(script, options, message, monkeypatch, capsys):
-    if "--agent-blocks" in options and script.__name__ not in SEQUENTIAL:
-        return  # it has no blocks
+    fields = {field.name for field in dataclasses.fields(script.Args)}
+    if options.split()[0][2:].replace("-", "_") not in fields:
+        return  # it has no such option
     monkeypatch.setattr(script, "find_football", lambda: True)
     with pytest.raises(SystemExit) as error:
         script.main(script.parse_args(options.split()))

@@ -371,11 +371,12 @@ def test_eval_only_jaxmarl(files, monkeypatch, capsys, jax_games):  # noqa: F811
 
 
 # ------------------------------------------------------------------------------------------ the update in plain loops
-CORRECTED = [("happo_mpe", {"preopc": True}), ("mappo_mpe", {"vtrace": True}), ("coppo_mpe", {"vtrace": True})]
+OPTIONS = [("a2po_mpe", {"cumulative_blocks": True}), ("happo_mpe", {"preopc": True}), ("mappo_mpe", {"vtrace": True})]
+OPTIONS += [("coppo_mpe", {"vtrace": True})]
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["cooperative", "general-sum"])
-@pytest.mark.parametrize(("name", "options"), [*[(name, {}) for name in SCRIPTS], *CORRECTED], ids=str)
+@pytest.mark.parametrize(("name", "options"), [*[(name, {}) for name in SCRIPTS], *OPTIONS], ids=str)
 def test_training_is_the_algorithm_in_plain_loops(name, options, general, tmp_path):
     """Two iterations of main, in double, and of loops over samples: rewards, values and advantages of each agent."""
     module = load(name)

@@ -56,6 +56,7 @@ CASES = [
     *[(name, {"recurrent": False}) for name in SMAC_SCRIPTS],
     ("a2po_smac", {"clip_adaptation": 0.25}),
     ("a2po_smac", {"preopc": False}),
+    ("a2po_smac", {"cumulative_blocks": True, "agent_blocks": 3}),
     ("happo_smac", {"preopc": True}),
     ("mappo_smac", {"vtrace": True}),
     ("coppo_smac", {"vtrace": True, "crashes": CRASHES}),
