@@ -2,6 +2,7 @@
 runs on the engine. On every script, except where they share what is tested."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import warnings
