@@ -216,7 +216,7 @@ MAP = ["--map", "3m"]
 
 
 def test_a_checkpoint_of_another_script(files, monkeypatch, capsys):
-    """A2PO has more options than MAPPO and HAPPO; MAPPO's and CoPPO's are the same, and either evaluates the other's."""
+    """A2PO has more options than MAPPO and HAPPO; MAPPO's and CoPPO's are the same: one can evaluate the other's."""
     a2po, mappo, happo, coppo = (load(f"{name}_smac") for name in ("a2po", "mappo", "happo", "coppo"))
     path = str(files(a2po) / "good.pt")
     for other in (mappo, happo):
