@@ -119,6 +119,8 @@ class Args:
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default)"""
+    deep: bool = True
+    """three layers before the GRU and one after it, as in the authors' code; else two and none (MAPPO default)"""
 
     eval_every: int = 50_000
     """environment steps between evaluations"""
@@ -247,17 +249,21 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class RecurrentNetwork(nn.Module):
-    """LayerNorm, two ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+    """LayerNorm, ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
 
-    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent: bool = True):
+    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent=True, deep=False):
         super().__init__()
         self.recurrent = recurrent  # else the GRU's state is zeroed before every step
-        layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
-        self.base = nn.Sequential(nn.LayerNorm(inputs), *layers)
+        before, after = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size), []
+        if deep:  # three before the GRU and one after it (authors' code)
+            before += hidden_layer(hidden_size, hidden_size)
+            after = hidden_layer(hidden_size, hidden_size)
+        self.base = nn.Sequential(nn.LayerNorm(inputs), *before)
         self.gru = nn.GRUCell(hidden_size, hidden_size)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
-        self.head = nn.Sequential(nn.LayerNorm(hidden_size), layer_init(nn.Linear(hidden_size, outputs), gain))
+        last = layer_init(nn.Linear(hidden_size, outputs), gain)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, last)
 
     def forward(self, inputs, hidden, start):
         """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
@@ -380,10 +386,11 @@ def main(args: Args):
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
 
     H = args.hidden_size
-    actor = RecurrentNetwork(obs_dim, n_actions, H, 0.01, args.recurrent).to(device)
-    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0, args.recurrent).to(device)
+    actor = RecurrentNetwork(obs_dim, n_actions, H, 0.01, args.recurrent, args.deep).to(device)
+    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0, args.recurrent, args.deep).to(device)
     normalizer = ValueNormalizer().to(device)
-    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
     if args.compile:

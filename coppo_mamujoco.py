@@ -362,7 +362,8 @@ def main(args: Args):
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
     # One for all networks: a step leaves those alone that have no gradient.
-    optimizer = torch.optim.Adam([*actors.parameters(), *critics.parameters()], lr=args.learning_rate, eps=1e-5)
+    parameters = [*actors.parameters(), *critics.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "optimizer": optimizer}
     learned |= {"normalizer": normalizer, "obs_normalizer": obs_normalizer}
     run = Run(args, envs, device, learned, hidden={})

@@ -231,17 +231,21 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class RecurrentNetwork(nn.Module):
-    """LayerNorm, two ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+    """LayerNorm, ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
 
-    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent: bool = True):
+    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent=True, deep=False):
         super().__init__()
         self.recurrent = recurrent  # else the GRU's state is zeroed before every step
-        layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
-        self.base = nn.Sequential(nn.LayerNorm(inputs), *layers)
+        before, after = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size), []
+        if deep:  # three before the GRU and one after it (authors' code)
+            before += hidden_layer(hidden_size, hidden_size)
+            after = hidden_layer(hidden_size, hidden_size)
+        self.base = nn.Sequential(nn.LayerNorm(inputs), *before)
         self.gru = nn.GRUCell(hidden_size, hidden_size)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
-        self.head = nn.Sequential(nn.LayerNorm(hidden_size), layer_init(nn.Linear(hidden_size, outputs), gain))
+        last = layer_init(nn.Linear(hidden_size, outputs), gain)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, last)
 
     def forward(self, inputs, hidden, start):
         """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
@@ -373,7 +377,8 @@ def main(args: Args):
     critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in networks]).to(device)
     normalizer = ValueNormalizer().to(device)
     # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
-    optimizer = torch.optim.Adam([*actors.parameters(), *critics.parameters()], lr=args.learning_rate, eps=1e-5)
+    parameters = [*actors.parameters(), *critics.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "optimizer": optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
     run = Run(args, envs, device, learned, hidden)

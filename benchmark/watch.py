@@ -73,8 +73,10 @@ def recurrent_policy(script, checkpoint: dict):
     """The greedy policy of a recurrent actor as a function of obs (n, obs_dim), masks (n, n_actions), and start."""
     settings = checkpoint["args"]
     number, first = actor_networks(checkpoint)
-    sizes = len(first["base.0.weight"]), len(first["head.1.bias"]), settings["hidden_size"]
-    networks = [script.RecurrentNetwork(*sizes, 0.01, settings.get("recurrent", True)) for _ in range(max(1, number))]
+    *_, last_bias = first.values()
+    sizes = len(first["base.0.weight"]), len(last_bias), settings["hidden_size"]
+    kind = settings.get("recurrent", True), settings.get("deep", False)
+    networks = [script.RecurrentNetwork(*sizes, 0.01, *kind) for _ in range(max(1, number))]
     actor = torch.nn.ModuleList(networks) if number else networks[0]
     actor.load_state_dict(checkpoint["learned"]["actor"])
     hidden = None

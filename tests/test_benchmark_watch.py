@@ -22,8 +22,8 @@ def only_line(capsys) -> str:
 
 def checkpoint_of(path, script="a2po_mpe", **settings):
     hidden, n = 16, 3
-    actor = a2po_mpe.RecurrentNetwork(4 + 2 * n + 4 * (n - 1), 5, hidden, gain=0.01)
     args = {"hidden_size": hidden, "recurrent": True, "n_agents": n, "local_ratio": 0.0} | settings
+    actor = a2po_mpe.RecurrentNetwork(4 + 2 * n + 4 * (n - 1), 5, hidden, gain=0.01, deep=args.get("deep", False))
     torch.save({"args": args, "script": script, "learned": {"actor": actor.state_dict()}}, path)
     return path
 
@@ -69,16 +69,17 @@ def test_watch_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert "needs the package imageio: pip install -r benchmark/requirements.txt" in only_line(capsys)
 
 
+@pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_the_recurrent_policy_is_the_evaluation_s(recurrent, tmp_path):
+def test_the_recurrent_policy_is_the_evaluation_s(recurrent, deep, tmp_path):
     """Same greedy actions as script.evaluate over two episodes with a mask, the GRU zeroed in between."""
     torch.manual_seed(0)
-    path = checkpoint_of(tmp_path / "checkpoint.pt", recurrent=recurrent)
+    path = checkpoint_of(tmp_path / "checkpoint.pt", recurrent=recurrent, deep=deep)
     checkpoint = torch.load(path, weights_only=True)
     weights = checkpoint["learned"]["actor"]
-    weights["head.1.weight"].normal_()
+    weights["head.4.weight" if deep else "head.1.weight"].normal_()
     act = watch.recurrent_policy(a2po_mpe, checkpoint)
-    actor = a2po_mpe.RecurrentNetwork(18, 5, 16, gain=0.01)
+    actor = a2po_mpe.RecurrentNetwork(18, 5, 16, gain=0.01, deep=deep)
     actor.load_state_dict(weights)
     obs, hidden = torch.randn(6, 3, 18), torch.zeros(3, 16)
     for t in range(6):

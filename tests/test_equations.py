@@ -790,6 +790,51 @@ def test_policy_change_of_a_policy_that_has_not_changed(module):
     assert log_ratio.requires_grad
 
 
+def gru_step(x, h, gru):
+    """Cho et al. (2014), in PyTorch's order of the gates: reset, update, new."""
+    (xr, xz, xn), (hr, hz, hn) = (
+        (weight @ v + bias).chunk(3)
+        for weight, bias, v in ((gru.weight_ih, gru.bias_ih, x), (gru.weight_hh, gru.bias_hh, h))
+    )
+    z = torch.sigmoid(xz + hz)
+    return (1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * h
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@scripts_with("RecurrentNetwork")
+def test_the_recurrent_network_layer_by_layer(module, deep):
+    """Two layers, GRU, head; deep: three layers, GRU, a layer, head. Orthogonal, gain sqrt(2), the head's as given."""
+    torch.manual_seed(0)
+    network = module.RecurrentNetwork(6, 3, 8, 0.5, deep=deep).double()
+    linear = [part for part in network.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linear) == (5 if deep else 3)
+    for layer, gain in zip(linear, [math.sqrt(2)] * (len(linear) - 1) + [0.5], strict=True):
+        W = layer.weight
+        small = W @ W.T if len(W) <= W.shape[1] else W.T @ W
+        torch.testing.assert_close(small, gain**2 * torch.eye(len(small)).double(), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for parameter in network.parameters():  # biases, too, shall matter
+            parameter += 0.1 * torch.randn_like(parameter)
+    norms = [part for part in network.modules() if isinstance(part, torch.nn.LayerNorm)]
+    inputs, hidden = torch.randn(4, 6).double(), torch.randn(8).double()
+    outputs, states = network(inputs[:, None], hidden[None], torch.tensor([[0.0], [0.0], [1.0], [0.0]]))
+
+    def normed(x, norm):
+        return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+
+    before = 3 if deep else 2
+    for t in range(4):
+        x = normed(inputs[t], norms[0])
+        for k in range(before):
+            x = normed((linear[k].weight @ x + linear[k].bias).clamp(min=0), norms[1 + k])
+        hidden = gru_step(x, hidden if t != 2 else torch.zeros(8).double(), network.gru)
+        x = normed(hidden, norms[1 + before])
+        for k in range(before, len(linear) - 1):
+            x = normed((linear[k].weight @ x + linear[k].bias).clamp(min=0), norms[2 + k])
+        torch.testing.assert_close(outputs[t, 0], linear[-1].weight @ x + linear[-1].bias)
+        torch.testing.assert_close(states[t, 0], hidden)
+
+
 @scripts_with("RecurrentNetwork")
 def test_without_recurrence_there_is_no_memory(module):
     """recurrent=False: every step is as if it were an episode's first."""

@@ -54,6 +54,7 @@ CASES = [
     *[(name, {}) for name in SMAC_SCRIPTS],
     *[(name, {"crashes": CRASHES, "agent_blocks": 3, "update_epochs": 7}) for name in SMAC_SCRIPTS],
     *[(name, {"recurrent": False}) for name in SMAC_SCRIPTS],
+    ("mappo_smac", {"deep": True}),
     ("a2po_smac", {"clip_adaptation": 0.25}),
     ("a2po_smac", {"preopc": False}),
     ("a2po_smac", {"cumulative_blocks": True, "agent_blocks": 3}),
@@ -81,6 +82,13 @@ def test_training_is_the_algorithm_in_plain_loops(script, train, options):
 def reference_of(run, script):
     networks = [[run.initial[name]] * Skirmish.n for name in ("actor", "critic")]
     return Reference(script.__name__.split("_")[0], *networks, run.args)
+
+
+def test_actor_and_critic_are_as_deep_as_asked(train):
+    for deep, layers in ((False, 2 + 1), (True, 3 + 1 + 1)):
+        initial = train(str(deep), deep=deep).initial
+        for network in (initial["actor"], initial["critic"]):
+            assert sum(isinstance(part, torch.nn.Linear) for part in network.modules()) == layers
 
 
 def test_training_in_single_precision(script, train):
