@@ -380,7 +380,7 @@ def policy_change(actor, rollout, agents):
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args):
     args = complete_args(args)
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(1)  # for single steps: threads that wait would take the cores from the simulator
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gamma, gae_lambda = args.gamma, args.gae_lambda
@@ -441,6 +441,7 @@ def main(args: Args):
             rollout.sample = rollout.alive[:-1] * (1 - rollout.final[:-1]).unsqueeze(-1)
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
+            torch.set_num_threads(args.torch_threads)
             # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             parts = zip(
@@ -531,6 +532,7 @@ def main(args: Args):
                                 joint_log_ratio = joint_log_ratio + log_ratio.sum(-1)
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.lap("update")
+            torch.set_num_threads(1)
 
             # --------------------------------------------------------------------------------- log, evaluate, save
             run.log(int((1 - rollout.final[:-1]).sum()), envs.finished())

@@ -358,7 +358,7 @@ def policy_change(actor, rollout, agent):
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args):
     args = complete_args(args)
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(1)  # for single steps: threads that wait would take the cores from the simulator
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gamma, gae_lambda = args.gamma, args.gae_lambda
@@ -407,6 +407,7 @@ def main(args: Args):
             rollout.sample = (1 - rollout.final[:-1]).unsqueeze(-1).expand(-1, -1, n)
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
+            torch.set_num_threads(args.torch_threads)
             # Values in units of return, as the normaliser is now.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
@@ -469,6 +470,7 @@ def main(args: Args):
                         joint_log_ratio += log_ratios.sum(-1)
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.lap("update")
+            torch.set_num_threads(1)
 
             # --------------------------------------------------------------------------------- log, evaluate, save
             run.log(int((1 - rollout.final[:-1]).sum()), envs.finished())
