@@ -5,8 +5,9 @@
 A game is a table: states, joint actions, transitions, a team reward, a start distribution. Then everything in Section 3
 has a value that linear algebra gives without sampling: returns J, advantages A, visits d, total-variation distances
 alpha_i, the surrogate of each algorithm (expectations, no clipping, as in the paper's analysis), PreOPC's estimator and
-its error xi_i. So both sides of every inequality can be put side by side, and it can be seen whether an agent's step
-that maximises its surrogate really raises the joint return after its predecessors have moved.
+its error xi_i; so have Section 4's state transition shifts. So both sides of every inequality can be put side by side,
+and it can be seen whether an agent's step that maximises its surrogate really raises the joint return after its
+predecessors have moved.
 
 Three parts: `--games` random games, one update of all agents each (random, along or against a surrogate, small or
 large); a hill climb that looks for games in which an inequality is as tight as it can get, or breaks; the counter-
@@ -67,7 +68,15 @@ INEQUALITIES = {
     "happo_agent_direct": ("not in the paper", "agent, HAPPO: 2 alpha_i (eps + eps_i) / (1 - gamma)"),
     "rpisa": ("Table 1", "joint, RPISA-PPO"),
     "rpisa_agent": ("Table 1", "agent, RPISA-PPO"),
+    "a5": ("Appendix A.5, first line", "joint, A2PO: errors of the agents updated + Theorem 2's terms of the rest"),
+    "a5_chain": ("Appendix A.5, next lines", "that bound after an agent's update is at most the one before it"),
+    "a5_rest": ("not in the paper", "with J(pi_hat^i) in the surrogate: Theorem 2's terms of the rest alone"),
+    "prop2": ("Proposition 2", "the shift an agent meets is the sum of its predecessors' (an identity: bound 0)"),
+    "prop2_alone": ("not in the paper", "each one's shift from pi alone: sum is off by 2 sum_(l<j) alpha_l alpha_j"),
+    "prop2_size": ("Section 4, after Prop. 2", "the shift an agent meets is at most its predecessors' sum of alpha_j"),
 }
+# These are climbed with random numbers of their own, so that what the climb finds for the others is not moved by them.
+CLIMBED_APART = ("a5", "a5_chain", "a5_rest", "prop2", "prop2_alone", "prop2_size")
 UPDATES = ("random", "surrogate", "against", "gradient")
 STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADVANTAGES = {
@@ -174,7 +183,54 @@ def replace(base, new, agents):
     return policies
 
 
+# ---------------------------------------------------------------- the state transition shift, Section 4
+
+
+class Shifts(NamedTuple):
+    """Each (n, B, S, S): sum_a T(s'|s, a) (upper - lower)(a|s) of two joint policies, Section 4; agents from 0."""
+
+    met: np.ndarray  # [j]: pi_hat^(j+1) - pi, met by the agent after j, or after the last one by the next rollout
+    caused: np.ndarray  # [j]: pi_hat^(j+1) - pi_hat^j, agent j's summand in Proposition 2
+    alone: np.ndarray  # [j]: pi with agent j's new policy - pi
+
+
+def shifts(game, base, new):
+    """All shifts of a stage with the agents in the order 1..n.
+
+    `met` is the definition. A summand of Proposition 2 is not taken as a difference of two joint policies, from which
+    the sum would follow whatever they are, but as agent j's own change times its predecessors' new and its followers'
+    old policies, which is what "caused by each agent" says. `alone` is how the same words could also be read; from
+    `caused` it differs by agent j's change times its predecessors', at most 2 alpha_j sum_(l<j) alpha_l.
+    """
+    n, pi = base.shape[1], joint_policy(base)
+
+    def shift(change):
+        return np.einsum("bsk,bskt->bst", change, game.transition)
+
+    def change_of(j, others):
+        return joint_policy(replace(others, new - base, slice(j, j + 1)))
+
+    met = [shift(joint_policy(replace(base, new, slice(j + 1))) - pi) for j in range(n)]
+    caused = [shift(change_of(j, replace(base, new, slice(j)))) for j in range(n)]
+    alone = [shift(change_of(j, base)) for j in range(n)]
+    return Shifts(np.stack(met), np.stack(caused), np.stack(alone))
+
+
+def size(shift):
+    """Half the sum over next states of |shift|, the largest over states, as alpha has it: (n, B, S, S) -> (B, n)."""
+    return 0.5 * np.abs(shift).sum(-1).max(-1).T
+
+
 # ---------------------------------------------------------------- the inequalities
+
+
+def tightened(errors, terms):
+    """Appendix A.5's right sides: errors of the agents already updated, bounds of the rest; (B, n) -> (B, n + 1).
+
+    Column i has i agents updated: column 0 is Theorem 2's bound, column k - 1 is A.5's first line for agent k, and
+    column n goes one further than A.5, when all are updated.
+    """
+    return np.stack([errors[:, :i].sum(1) + terms[:, i:].sum(1) for i in range(errors.shape[1] + 1)], 1)
 
 
 def gap(gamma, distance):
@@ -185,7 +241,10 @@ def gap(gamma, distance):
 def inequalities(game, base, new, gae_lambda):
     """Both sides: key of INEQUALITIES -> (error, bound), (B, n) for one agent's inequality and (B,) for a joint one.
 
-    Agents are updated in the order 1..n; stage i is pi_hat^i. Also what the sides are made of.
+    Agents are updated in the order 1..n; stage i is pi_hat^i. Also what the sides are made of. Of A.5's lines "a5" has
+    those for agents k = 2..n, (B, n - 1), "a5_chain" the steps between them and the one after the last update, (B, n),
+    and "a5_rest" k = 1..n. The shifts are those met by agents 2..n and by the next rollout, (B, n); "prop2_alone"
+    leaves out the first of them, which has one predecessor only.
     """
     n = base.shape[1]
     stages = [evaluate(game, joint_policy(replace(base, new, slice(i)))) for i in range(n + 1)]
@@ -230,6 +289,10 @@ def inequalities(game, base, new, gae_lambda):
     second = 4 * eps_i * alpha * gap(g, upto)
     moved = 2 * alpha * (eps + eps_i) * h
     joint_gap = 4 * eps * alpha * gap(g, total)
+    terms = 4 * eps_max * alpha * gap(g, upto) + xi * h  # of Theorem 2's sum
+    known = tightened(np.abs(gain - a2po), terms)
+    from_here_on = columns(lambda i: stages[-1].J - stages[i].J - a2po[:, i:].sum(1))
+    shift = shifts(game, base, new)
     checks = {
         "prop1": agent(intuitive, eq1(eps)),
         "prop1_eps": agent(intuitive, eq1(widest)),
@@ -250,6 +313,12 @@ def inequalities(game, base, new, gae_lambda):
         "happo_agent_direct": agent(intuitive - before, moved),
         "rpisa": joint(rpisa.sum(1), 4 * eps_max * alpha * gap(g, alpha)),
         "rpisa_agent": agent(rpisa, 4 * eps_i * alpha * gap(g, alpha)),
+        "a5": (np.abs(from_here_on[:, :1]).repeat(n - 1, 1), known[:, 1:-1]),
+        "a5_chain": (known[:, 1:], known[:, :-1]),
+        "a5_rest": (np.abs(from_here_on), tightened(np.zeros_like(terms), terms)[:, :-1]),
+        "prop2": (size(shift.met - shift.caused.cumsum(0)), np.zeros_like(alpha)),
+        "prop2_alone": (size(shift.met - shift.alone.cumsum(0))[:, 1:], 2 * (alpha * preceding).cumsum(1)[:, 1:]),
+        "prop2_size": (size(shift.met), upto),
     }
     details = {
         "stages": stages,
@@ -260,6 +329,10 @@ def inequalities(game, base, new, gae_lambda):
         "xi": xi,
         "gain": gain,
         "a2po": a2po,
+        "known": known,
+        "terms": terms,
+        "scale": h,
+        "shifts": shift,
     }
     return checks, details
 
@@ -279,7 +352,8 @@ def correction_errors(game, stages, gae_lambda):
     """How near PreOPC comes to A^pi_hat^(i-1), as a share of the distance without it, that of A^pi; agents 2..n.
 
     By the critic's values, as xi_i has it (largest difference over s, a) and as the agent's update feels it: centred,
-    E_pi_hat A(s, .) = 0, since a part that depends on the state alone moves no policy. -> (B, n - 1) each.
+    E_pi_hat A(s, .) = 0, since a part that depends on the state alone does not change which policy the surrogate, an
+    expectation without clip and normalisation, prefers. -> (B, n - 1) each.
     """
     pi, found = stages[0], collections.defaultdict(list)
     for stage in stages[1:-1]:
@@ -326,6 +400,54 @@ def comparisons(game, checks, details):
         "CoPPO's error is below MAPPO's": error["coppo"] < error["mappo"],
         "Theorem 1 guarantees the gain of an agent's update": details["a2po"] > bound["thm1"],
         "Theorem 1 guarantees it and it does not come": (details["a2po"] > bound["thm1"]) & (details["gain"] <= 0),
+    }
+
+
+def relaxations(details):
+    """What Appendix A.5 concludes, game by game (B,) or update by update: "the condition for improving J is relaxed".
+
+    The condition: a stage's surrogate gain above the bound, Theorem 2's or what A.5 leaves of it. Its errors of the
+    agents already updated need their J, so a rollout each; with J in the surrogate too they are not needed.
+    """
+    gain, a2po, known, terms = (details[name] for name in ("gain", "a2po", "known", "terms"))
+    surrogate, n = a2po.sum(1), gain.shape[1]
+    gained = gain.sum(1) > 0
+    last = gain[:, :-1].sum(1) + a2po[:, -1] > terms[:, -1]
+    so_far = np.maximum.accumulate(details["eps_i"], 1)  # over pi_hat^0 .. pi_hat^(k-1), which are known to agent k
+    errors, xi_part = np.abs(gain - a2po), details["xi"] * details["scale"]
+    seen = [
+        errors[:, :k].sum(1) + ((terms - xi_part) * so_far[:, [k]] / so_far[:, -1:] + xi_part)[:, k:].sum(1)
+        for k in range(n)
+    ]
+    guaranteed = (surrogate > known[:, -1]) | last
+    return {
+        "a stage raises J (a quarter of them go against the surrogate)": gained,
+        "Theorem 2 guarantees the gain of a stage": surrogate > known[:, 0],
+        "A.5 guarantees it when all but the last agent are updated": surrogate > known[:, -2],
+        "A.5's errors guarantee it when all are": surrogate > known[:, -1],
+        "with J(pi_hat^(n-1)) in the surrogate it is guaranteed when all but the last are": last,
+        "one of these guarantees it and it does not come": guaranteed & ~gained,
+        "A.5's bound shrinks with an update": known[:, 1:] < known[:, :-1],
+        "A.5's bound shrinks with an update, eps = max over the agents so far": np.diff(np.stack(seen, 1)) < 0,
+    }
+
+
+def contributions(details):
+    """What Section 4 draws from Proposition 2, by pairs of agents or update by update.
+
+    A shift "effectively measures the total variation distance between policies", which the clip controls; "shifts
+    caused by agents with higher priorities will be encountered by more following agents and thus contribute more".
+    """
+    alpha, met, caused = details["alpha"], size(details["shifts"].met), size(details["shifts"].caused)
+    n = alpha.shape[1]
+    first, second = np.triu_indices(n, 1)
+    wider, stronger = (x[:, first] - x[:, second] for x in (alpha, caused))
+    agree = np.sign(wider) == np.sign(stronger)
+    felt = (caused * np.arange(n - 1, -1, -1))[:, :-1]  # agent j's shift, once for each of the n - j that meet it
+    return {
+        "of two agents the one with the larger alpha causes the larger shift": agree[np.abs(wider) > 1e-9],
+        "an agent's shift, times the agents that meet it, is above its successor's": felt[:, :-1] > felt[:, 1:],
+        "an agent's update adds to the shift that the next one meets": met[:, 1:] > met[:, :-1],
     }
 
 
@@ -471,14 +593,13 @@ def improvements(rng, game, base, gae_lambda, totals):
 # ---------------------------------------------------------------- hard cases
 
 
-def climb(rng, steps, gae_lambda, chains=48, n=2, S=3, A=2):
-    """Hill climb on error / bound, `chains` games for each inequality -> key -> largest ratio, and the game behind it.
+def climb(rng, steps, gae_lambda, keys, chains=48, n=2, S=3, A=2):
+    """Hill climb on error / bound, `chains` games for each key -> key -> largest ratio, and the game behind it.
 
     Random games are far from tight; here rewards, transitions, start and both policies are changed at random and a
     change is kept when the ratio grows.
     """
-    keys, K = list(INEQUALITIES), A**n
-    B = len(keys) * chains
+    K, B = A**n, len(keys) * chains
     shapes = [(S, K), (S, K, S), (S,), (n, S, A), (n, S, A)]
     genes = [rng.normal(scale=1 if i == 0 else 3, size=(B, *shape)) for i, shape in enumerate(shapes)]
     gamma = np.tile([0.5, 0.9, 0.99], B // 3 + 1)[:B]
@@ -678,7 +799,8 @@ def study(games, seed, gae_lambda, quiet=False):
         for trace in sorted({gae_lambda, 1.0, 0.95, 0.9}, reverse=True):
             for name, values in correction_errors(game, details["stages"], trace).items():
                 corrections[trace, *name].append(values.ravel())
-        for name, values in comparisons(game, checks, details).items():
+        statements = comparisons(game, checks, details) | relaxations(details) | contributions(details)
+        for name, values in statements.items():
             shares[name].append(values.ravel())
         for b in range(count):
             line = {"n": n, "S": S, "A": A, "gamma": short(game.gamma[b]), "update": UPDATES[kind[b]]}
@@ -713,8 +835,11 @@ def study(games, seed, gae_lambda, quiet=False):
 def main(args: Args):
     check_arguments(args)
     raw, found, corrections, shares, improvement = study(args.games, args.seed, args.gae_lambda)
-    rng = np.random.default_rng([args.seed, 1])
-    climbed = climb(rng, args.climb_steps, args.gae_lambda) if args.climb_steps else {}
+    climbed = {}
+    if args.climb_steps:
+        together = [key for key in INEQUALITIES if key not in CLIMBED_APART]
+        for stream, keys in ((1, together), (2, CLIMBED_APART)):
+            climbed |= climb(np.random.default_rng([args.seed, stream]), args.climb_steps, args.gae_lambda, keys)
     summary = {"games": args.games, "seed": args.seed, "gae_lambda": args.gae_lambda, "climb_steps": args.climb_steps}
     summary["inequalities"] = {}
     for key, (where, what) in INEQUALITIES.items():
