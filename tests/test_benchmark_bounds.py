@@ -475,7 +475,7 @@ def test_proposition_2_is_about_summands_in_turn():
     assert np.median(bounds.size(found.met - found.alone.cumsum(0))[:, 2]) > 0.01
 
 
-def test_a_shift_measures_total_variation_from_above_only():
+def test_total_variation_bounds_a_shift_from_above_only():
     """In Proposition 1's counterexample agent 1 moves by 1/2, and no next state depends on it; agent 2's moves do."""
     game, base, new = bounds.counterexample("prop1", step=0.05)
     np.testing.assert_allclose(bounds.distances(base, new), [[0.5, 0.05]])
