@@ -463,8 +463,8 @@ def main(args: Args):
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             # The order of the agents by E|A_i|, cut into blocks.
-            scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1)).cpu()
-            order = torch.tensor(agent_order(scores, args.agent_order, torch.default_generator), device=device)
+            scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))
+            order = torch.tensor(agent_order(scores.cpu(), args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
             if args.cumulative_blocks:
                 blocks = [torch.cat(blocks[: k + 1]) for k in range(len(blocks))]
@@ -524,13 +524,16 @@ def main(args: Args):
                             run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy)
                             run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm, **ratios)
                             run.note(f"a2po/position_{position}", **ratios)
+                        scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # as corrected
 
                     if not shared:  # the ratio is extended by the block just updated
                         with torch.no_grad():
                             for agents in block.split(1):
                                 log_ratio, _ = policy_change(actors[agents], rollout, agents)
                                 joint_log_ratio = joint_log_ratio + log_ratio.sum(-1)
+            by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
+            run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
             run.lap("update")
             torch.set_num_threads(1)
 

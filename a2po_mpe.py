@@ -438,8 +438,8 @@ def main(args: Args):
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             # The order of the agents by E|A_i|, cut into blocks.
-            scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1)).cpu()
-            order = torch.tensor(agent_order(scores, args.agent_order, torch.default_generator), device=device)
+            scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))
+            order = torch.tensor(agent_order(scores.cpu(), args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
             if args.cumulative_blocks:
                 blocks = [torch.cat(blocks[: k + 1]) for k in range(len(blocks))]
@@ -483,11 +483,14 @@ def main(args: Args):
                     actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                     critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                     optimizer.step()
+                    scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # as corrected
                     ratios = ratio_statistics(log_ratio, preceding_ratio, sample, eps_k)
                     run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                     run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
                     run.note(f"a2po/position_{position}", **ratios)
+            by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
+            run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
             run.lap("update")
             torch.set_num_threads(1)
 

@@ -24,6 +24,8 @@ SMALL = {"map": "3m", "seed": 3, "total_timesteps": 30, "num_envs": 2, "num_step
 SMALL |= {"hidden_size": 8, "update_epochs": 4, "agent_blocks": 2, "eval_every": 10**9, "eval_episodes": 2}
 SMALL |= {"save_every": 10**9, "torch_threads": 1, "cuda": False, "learning_rate": 3e-3, "gae_lambda": 0.9}
 SMALL |= {"max_grad_norm": 0.3, "huber_delta": 0.5, "clip_coef": 0.05}
+# Steps so large that the correction changes the agents' ranks by E|A|.
+LARGE = {"seed": 6, "learning_rate": 0.1, "max_grad_norm": 10.0, "clip_coef": 0.5, "gamma": 1.0, "gae_lambda": 1.0}
 
 
 class Skirmish(gym.vector.VectorEnv):
@@ -212,27 +214,32 @@ def scalars(folder):
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
+def of_agents(folder, what):
+    """`position` or `rank` of each agent, by iteration; none where it is not logged."""
+    tags = sorted(scalars(folder).items())
+    by_agent = [[event.value for event in events] for tag, events in tags if f"{what}_of_agent" in tag]
+    return list(zip(*by_agent, strict=True))
+
+
 def orders(folder, n):
     """The agents in the order of their updates, by iteration; none where they are updated at once."""
-    places = [
-        [event.value for event in events]
-        for tag, events in sorted(scalars(folder).items())
-        if "position_of_agent" in tag
-    ]
-    return [sorted(range(n), key=lambda i, k=k: places[i][k]) for k in range(len(places[0]))] if places else []
+    return [sorted(range(n), key=places.__getitem__) for places in of_agents(folder, "position")]
 
 
 def assert_same_training(run, reference, record, tolerance=1e-6):
     """The reference follows the record of a run's game: the same losses, episodes, steps and weights."""
     method, T, logged = reference.algorithm, run.args.num_steps, scalars(run.folder)
     order, iterations = orders(run.folder, reference.n), run.checkpoint["progress"]["iteration"]
+    ranks = of_agents(run.folder, "rank")
     assert run.status == 0 and iterations == 2
     assert len(order) == (iterations if method in ("a2po", "happo") else 0)
+    assert len(ranks) == (iterations if method == "a2po" else 0)
     for k in range(iterations):
         reference.collect(record[k * T : (k + 1) * T])
         updates = reference.update(order[k] if order else None)
         if method == "a2po":
             assert order[k][0] == np.argmax(reference.scores), "semi-greedy: the largest first"
+            assert list(ranks[k]) == reference.ranks()
         expected = {"losses/explained_variance": reference.explained_variance}
         for name in set(updates[0]) - {"block"}:
             expected[f"losses/{name}"] = np.mean([u[name] for u in updates])

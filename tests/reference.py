@@ -213,8 +213,8 @@ class Reference:
     def update(self, order=None):
         """All updates of an iteration; returns what each was like. `order` of the agents, for sequential algorithms."""
         gae = self.advantages({})
-        of_agent = [[abs(gae[s]) for s in self.samples if s[2] == i] for i in range(self.n)]
-        self.scores = [np.mean(sizes) for sizes in of_agent]
+        self.scores = [self.size(gae, i) for i in range(self.n)]
+        self.last_sizes = list(self.scores)  # of the advantages that the agents were last updated with
         returns = [gae[s] + self.values[s] for s in self.samples]
         self.explained_variance = 1 - np.var([gae[s] for s in self.samples]) / np.var(returns)
         for name, value in (("weight", 1.0), ("mean", np.mean(returns)), ("square", np.mean(np.square(returns)))):
@@ -235,6 +235,14 @@ class Reference:
         begins = [0] * len(ends) if getattr(self.args, "cumulative_blocks", False) else ends
         return [order[a:b] for a, b in zip(begins, ends[1:], strict=False)]
 
+    def size(self, A, i):
+        """E|A_i| over the agent's samples."""
+        return np.mean([abs(A[s]) for s in self.samples if s[2] == i])
+
+    def ranks(self):
+        """Of each agent by E|A_i| at its last update: one more than there are agents with a larger one."""
+        return [1 + sum(other > own for other in self.last_sizes) for own in self.last_sizes]
+
     def corrected(self, rho, gae):
         """Advantages for the policies that have changed by rho, and the values' targets."""
         if getattr(self.args, "vtrace", False):
@@ -249,6 +257,7 @@ class Reference:
             A, targets = self.corrected(rho, gae)
             preceding = {s: rho[s[:2]] for s in self.samples}
             for i in block:
+                self.last_sizes[i] = self.size(A, i)
                 for _ in range(self.args.update_epochs):
                     self.descend([i], A, targets, preceding, k, len(blocks))
             for (t, e, _), r in self.ratios(block).items():
@@ -265,6 +274,8 @@ class Reference:
                         if i != j and (t, e, i) in others:
                             others[t, e, i] *= r
                 A, targets = self.corrected(rho, gae)
+                for i in block:
+                    self.last_sizes[i] = self.size(A, i)
                 for agents in [block] if self.shared else [[i] for i in block]:
                     self.descend(agents, A, targets, others, k, len(blocks))
 

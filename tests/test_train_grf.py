@@ -14,7 +14,18 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPTS, Skirmish, assert_same_training, differences, evaluations, in_double, load, orders, scalars
+from helpers import (
+    LARGE,
+    SCRIPTS,
+    Skirmish,
+    assert_same_training,
+    differences,
+    evaluations,
+    in_double,
+    load,
+    orders,
+    scalars,
+)
 from reference import Reference
 
 import a2po_grf
@@ -136,6 +147,17 @@ def test_training_is_the_algorithm_in_plain_loops(script, options, blocks, share
 
 
 @own_and_shared
+@pytest.mark.parametrize("script", ["a2po_grf"], indirect=True)
+def test_ranks_are_by_the_advantages_of_the_last_update(script, shared, train):
+    """As Eq. (2) corrected them, which changes the ranks here."""
+    with in_double():
+        run = train(**LARGE, share_parameters=shared, update_epochs=5 if shared else 3, dtype=np.float64)
+    reference = reference_of(run, script)
+    assert_same_training(run, reference, run.games[0].record, tolerance=1e-5)
+    assert list(np.argsort(reference.scores)) != list(np.argsort(reference.last_sizes))
+
+
+@own_and_shared
 def test_training_in_single_precision(script, shared, train):
     """As users train; rounding is all that differs."""
     run = train(share_parameters=shared, update_epochs=3)
@@ -251,7 +273,7 @@ def test_a_run_logs_everything_and_can_be_resumed(script, shared, tmp_path, monk
     names |= {"eval/win_rate", "losses/policy_loss", "losses/explained_variance", "time/rollout_seconds"}
     own, method = "no-" in shared, script.__name__.split("_")[0]
     names |= {f"{method}/position_of_agent/0"} if script.__name__ in SEQUENTIAL else set()
-    names |= {"a2po/position_3/ratio"} if method == "a2po" else set()
+    names |= {"a2po/position_3/ratio", "a2po/rank_of_agent/0"} if method == "a2po" else set()
     assert names <= set(logged)
     if own and method == "a2po":  # nobody precedes the first agent with parameters of its own
         assert all(event.value == 0 for event in logged["a2po/position_1/preceding_clipfrac"])

@@ -235,6 +235,7 @@ def test_run_directory(name, tmp_path, monkeypatch):
     expected |= {"eval/episodic_return", "time/rollout_seconds", "time/update_seconds"}
     if name == "a2po_mpe":
         expected |= {f"a2po/position_{k}/{x}" for k in (1, 2, 3) for x in ("clipfrac", "preceding_clipfrac", "ratio")}
+        expected |= {f"a2po/rank_of_agent/{i}" for i in range(3)}
     if name in ("a2po_mpe", "happo_mpe"):
         expected |= {f"{name.split('_')[0]}/position_of_agent/{i}" for i in range(3)}
     logged = scalars(run_dir)

@@ -565,6 +565,7 @@ def test_run_directory(script, train):
     if name.startswith("a2po"):
         parts = ("clipfrac", "preceding_clipfrac", "ratio")
         expected |= {f"a2po/position_{k}/{part}" for k in (1, 2, 3, 4) for part in parts}
+        expected |= {f"a2po/rank_of_agent/{i}" for i in range(4)}
     if name.startswith(("a2po", "happo")):
         expected |= {f"{name.split('_')[0]}/position_of_agent/{i}" for i in range(4)}
     logged = scalars(folder)

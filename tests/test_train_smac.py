@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    LARGE,
     SMAC_SCRIPTS,
     SMALL,
     Skirmish,
@@ -23,6 +24,7 @@ from helpers import (
     leaves,
     load,
     make_args,
+    of_agents,
     scalars,
 )
 from helpers import train as train_on
@@ -95,6 +97,18 @@ def test_training_in_single_precision(script, train):
     """As users train; rounding is all that differs."""
     run = train(update_epochs=5, clip_coef=0.03)
     assert_same_training(run, reference_of(run, script), run.games[0].record, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("script", ["a2po_smac"], indirect=True)
+def test_ranks_are_by_the_advantages_of_the_last_update(script, train):
+    """As Eq. (2) corrected them, which changes the ranks here; without it they are the places of the greedy rule."""
+    with in_double():
+        run = train(**LARGE, update_epochs=5, dtype=np.float64)
+    reference = reference_of(run, script)
+    assert_same_training(run, reference, run.games[0].record)
+    assert list(np.argsort(reference.scores)) != list(np.argsort(reference.last_sizes))
+    plain = train("plain", preopc=False, agent_order="greedy").folder
+    assert of_agents(plain, "rank") == of_agents(plain, "position") != []
 
 
 # ---------------------------------------------------------------------------------------------------------- samples
@@ -268,6 +282,7 @@ def test_run_directory(script, train):
     if script.__name__ == "a2po_smac":
         parts = ("clipfrac", "preceding_clipfrac", "ratio")
         expected |= {f"a2po/position_{k}/{part}" for k in (1, 2, 3) for part in parts}
+        expected |= {f"a2po/rank_of_agent/{i}" for i in range(3)}
     if script.__name__.startswith(("a2po", "happo")):
         expected |= {f"{script.__name__.split('_')[0]}/position_of_agent/{i}" for i in range(3)}
     logged = scalars(folder)
