@@ -184,6 +184,11 @@ def named(settings: dict) -> str:
     return "".join(f" {name}={value}" for name, value in sorted(settings.items()))
 
 
+def without_settings(called: str) -> str:
+    """What `named` has not added."""
+    return re.sub(r"( \w+=\S+)+$", "", called)
+
+
 def read_run(path: Path) -> Run | None:
     """The run of an eval.jsonl or a {script}__{seed}.jsonl; None, with a warning, if there is nothing in it."""
     parts = path.stem.split("__")
@@ -208,7 +213,7 @@ def read_run(path: Path) -> Run | None:
     script, ending = re.fullmatch(f"(.+?)({VARIANT})", called).group(1, 2)
     if config:
         ending = variant(config)
-        script = called.removesuffix(ending)
+        script = without_settings(called).removesuffix(without_settings(ending))
     if config.get("exp_name", config.get("script")) != config.get("script"):
         script = config["exp_name"]
     elif str(config.get("script", "")).startswith(script):

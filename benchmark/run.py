@@ -18,8 +18,8 @@ one machine. That option is the threads of its PyTorch and of EnvPool, and the w
 each half of the games). It bounds neither JAX (SMAX, JaxMARL), which has a pool of threads of its own, nor StarCraft
 II, a process for each game: they share the machine with the other runs. Ray counts CPUs, it holds no run to its own.
 
-The paper's text does not name the tasks of figures 5 to 7 and 13, so --tasks has defaults of ours there; figure5 runs
-the algorithms of figures 5 and 13, and A2PO without PreOPC.
+The paper's text does not name the tasks of figures 5 to 7, 13 and 14, so --tasks has defaults of ours there; figure5
+runs the algorithms of figures 5 and 13, and A2PO without PreOPC; figure14's lambdas are those of Tables 7 to 11.
 Table 6 runs one job at a time, on all cores; seconds for rollout and update are in the runs' TensorBoard files.
 """
 
@@ -83,6 +83,8 @@ CORRECTIONS |= {"a2po": PREOPC}  # without PreOPC: ours, the paper has it not
 CLIP = {"": (), "-fixed-clip": ("--clip-adaptation", "1.0")}
 RULES = ("cyclic", "random", "greedy", "reverse-greedy", "reverse-semi-greedy")
 ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
+LAMBDAS = ("0.9", "0.93", "0.95", "0.97", "0.99")  # of Tables 7 to 11
+LAMBDA = {f"{name} gae_lambda={x}": (*options, "--gae-lambda", x) for x in LAMBDAS for name, options in PREOPC.items()}
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
@@ -94,6 +96,7 @@ MATRICES = {
     "figure5-7": (ABLATION_TASKS, ("a2po",), PREOPC | ORDER | CLIP),
     "preopc": (ABLATION_TASKS, ("a2po",), PREOPC),  # ours
     "figure10": (SPREAD_TASKS, ALL, {"": ()}),
+    "figure14": (ABLATION_TASKS, ("a2po",), LAMBDA),
     "table6": (("3s5z", "27m_vs_30m", "Humanoid-9|8", "Ant-4x2", "Humanoid-17x1"), ALL, {"": ()}),
 }
 # Settings that do not change a run's numbers, or say how far it goes. plot.py pools runs that differ in nothing else.
@@ -398,7 +401,8 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
         config = read_config(base / run_dir / "config.json")
         task, name, *_ = run_dir.name.split("__")
         folder = target / task.replace("|", "_")  # | is not allowed in names on Windows
-        stem = f"{name}{variant(config)}__{job.seed}"
+        _, space, setting = job.variant.partition(" ")  # such as gae_lambda=0.9, which is no ablation
+        stem = f"{name}{variant(config)}{space}{setting}__{job.seed}"
         there = read_config(folder / f"{stem}.config.json")
         for option, value in there.items():
             if option not in FREE | NO_SETTINGS and config.get(option, value) != value:

@@ -48,6 +48,7 @@ def test_counts():
     assert names == plain | corrected, "the paper's list, and A2PO without PreOPC"
     assert len(jobs_of("figure6", "--seeds", "1", "--tasks", "3s5z")[0]) == 6
     assert len(jobs_of("figure5-7", "--smax", "--seeds", "1")[0]) == 8
+    assert len(jobs_of("figure14")[0]) == 3 * 5 * 2 * 3, "tasks, lambdas, with and without PreOPC, seeds"
     assert len(jobs_of("table6")[0]) == 2 * 4 + 3 * existing("mamujoco")
     assert [job.script.stem for job in jobs_of("table2", "--tasks", "3s5z", "--algorithms", "mappo")[0]] == [
         "mappo_smac"
@@ -76,7 +77,9 @@ def test_every_command_is_one_of_its_script(matrix, monkeypatch):
         monkeypatch.setattr(module, "find_football", lambda: True, raising=False)
         args = module.complete_args(module.parse_args(command[2:]))
         assert (args.seed, args.total_timesteps, args.torch_threads) == (1, 1000, 2)
-        assert plot.variant(vars(args)) == job.variant
+        ablation, _, setting = job.variant.partition(" ")
+        assert plot.variant(vars(args)) == ablation
+        assert not setting or plot.named({"gae_lambda": args.gae_lambda}) == f" {setting}"
         assert module.parse_args([*job.options, "--total-timesteps", "1000"]) == run.settings(job)
 
 
@@ -404,6 +407,30 @@ def test_collect_calls_files_as_plot_does(fake):
     (file,) = (fake / "results").rglob("*__1.jsonl")
     assert list(plot.read([fake / "results"])["3s5z-smax"]) == list(plot.read([fake / "runs"])["3s5z-smax"])
     assert file.name == "a2po_smac clip_adaptation=0.3__1.jsonl"
+
+
+def test_lambdas_are_collected_side_by_side_and_named(fake):
+    """Among them the task's own, which is the plain run; with further options, too."""
+    argv = ["figure14", "--smax", "--tasks", "3s5z", "--seeds", "1", "--total-timesteps", "100"]
+    jobs = jobs_of(*argv)[0]
+    plain, _ = fake_jobs("--total-timesteps", "100")
+    start(plain, fake)
+    assert [job.variant for job in jobs if run.find_run(job, fake)[0] == "done"] == [" gae_lambda=0.95"]
+    for job in jobs:
+        if job.variant != " gae_lambda=0.95":
+            start(job, fake)
+    assert run.collect(jobs, fake, fake / "results") == 0
+    names = {f"a2po_smac{end} gae_lambda={x}" for end in ("", "-no-preopc") for x in (0.9, 0.93, 0.95, 0.97, 0.99)}
+    assert set(plot.read([fake / "results"])["3s5z-smax"]) == names
+    assert {path.name for path in (fake / "results").rglob("*.jsonl")} == {f"{name}__1.jsonl" for name in names}
+    jobs = jobs_of(*argv, "--options=--clip-adaptation 0.3")[0][:2]
+    for job in jobs:
+        start(job, fake)
+    assert run.collect(jobs, fake, fake / "others") == 0
+    ends = {f"a2po_smac{end} clip_adaptation=0.3" for end in ("", "-no-preopc")}
+    assert set(plot.read([fake / "others"])["3s5z-smax"]) == ends, "there is one lambda"
+    names |= {f"{end} gae_lambda=0.9" for end in ends}
+    assert set(plot.read([fake / "results", fake / "others"])["3s5z-smax"]) == names
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
