@@ -2,10 +2,12 @@
 
     python benchmark/plot.py benchmark/results/table2/3s5z-smax --out curves.png curves.svg
     python benchmark/plot.py runs --statistic iqm --out curves.png --efficiency efficiency.svg --table table.md
+    python benchmark/plot.py runs --orders orders.png --algorithms a2po_smac-cyclic a2po_smac-random a2po_smac-greedy
 
 What it reads: run directories (`runs/{task}__{name}__{seed}__{time}/` with an eval.jsonl), folders with files
 `{script}[-variant]__{seed}.jsonl` of one task, which is called as the folder (`run.py --collect` writes them), and
-folders of either. Beside each run are its settings, config.json or .config.json.
+folders of either. Beside each run are its settings, config.json or .config.json; and for --orders TensorBoard's events,
+or what run.py has counted of them, .orders.json.
 
 Pooled over seeds is what has the same settings, but for those that do not change the numbers, such as threads. The name
 of an algorithm is its script or --exp-name; the paper's ablations -no-preopc, -vtrace, -random ...; the settings in
@@ -36,7 +38,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.run import FREE, NO_SETTINGS, RULES, read_config, resumed_with, variant  # noqa: E402
+from benchmark.run import FREE, NO_SETTINGS, RULES, count_orders, read_config, resumed_with, variant  # noqa: E402
 
 
 @dataclass
@@ -49,6 +51,9 @@ class Args:
     """sample efficiency, the IQM over tasks and seeds at every step: files to write, .png or .svg"""
     improvement: tuple[Path, ...] = ()
     """probability that a run of one algorithm scores better than one of another: files to write, .png or .svg"""
+    orders: tuple[Path, ...] = ()
+    """A2PO's runs: how often each agent had each rank by E|A| (the paper's Figures 16 and 17), and each place in the
+    order of the updates; a panel per task and algorithm: files to write, .png or .svg"""
     table: Path | None = None
     """Markdown file for the tables, which are printed in any case"""
     tasks: tuple[str, ...] = ()
@@ -74,6 +79,7 @@ class Args:
 
 
 METRICS = {"win_rate": "greedy win rate", "episodic_return": "greedy episodic return"}
+ORDERS = {"rank": "rank by E|A|, 1 is the largest", "position": "place in the order"}
 GRID_POINTS = 200
 # Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
@@ -297,6 +303,36 @@ def check_names(option: str, wanted, there: set[str]):
     unknown = sorted(set(wanted) - there)
     if unknown:
         usage_error(f"{option} {' '.join(unknown)}", f"not among {', '.join(sorted(there))}")
+
+
+def read_orders(runs: Runs) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Task -> algorithm -> rank or position -> (agents, 1 to n): the share of its runs' iterations in which an agent
+    had it. A run that has not logged them is an error."""
+    shares = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for task, by in runs.items():
+        for name, some in by.items():
+            counts = [run_orders(run.path) for run in some]
+            for what in ORDERS:
+                if len({len(of_run[what]) for of_run in counts}) > 1:
+                    usage_error(f"--orders {task} {name}", "its runs have different numbers of agents")
+                total = np.sum([of_run[what] for of_run in counts], 0)
+                shares[task][name][what] = total / total.sum(1, keepdims=True)
+    return shares
+
+
+def run_orders(path: Path) -> dict[str, np.ndarray]:
+    """What run.py's count_orders says of the run with these evaluations."""
+    file = path.parent if path.name == "eval.jsonl" else path.with_suffix(".orders.json")
+    try:
+        counts = count_orders(file) if file.is_dir() else json.loads(file.read_text())
+        counts = {what: np.array(counts[what], float) for what in ORDERS}
+    except (OSError, ValueError, KeyError, TypeError):
+        counts = {}
+    n = len(counts.get("rank", ()))
+    if n == 0 or any(x.shape != (n, n) or not (x >= 0).all() or not x.any(1).all() for x in counts.values()):
+        why = "has no ranks of agents, as baselines and older runs of A2PO have none; choose by --algorithms"
+        usage_error(f"--orders, {file}", why)
+    return counts
 
 
 def choose_metrics(runs: Runs, metric: str) -> dict[str, str]:
@@ -645,11 +681,40 @@ def plot_improvement(pairs, args: Args):
     save(figure, args.improvement, args.title)
 
 
+def plot_orders(runs: Runs, shares, args: Args):
+    """Stacked bars, one for each agent; of every task a row of panels for ranks and one for places."""
+    plt, width = pyplot(), max(map(len, runs.values()))
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [(task, what) for task in runs for what in ORDERS]
+    size = (3.2 * width + 1.2, 2.7 * len(rows) + 0.4)
+    figure, grid = plt.subplots(len(rows), width, figsize=size, layout="constrained", squeeze=False)
+    for (task, what), line in zip(rows, grid, strict=True):
+        for axes in line[len(runs[task]) :]:
+            axes.set_visible(False)
+        for (name, some), axes in zip(runs[task].items(), line, strict=False):
+            columns = shares[task][name][what].T  # of rank or place 1, 2, ...: a share for each agent
+            n = len(columns)
+            colors, agents, bottom = plt.get_cmap("viridis", n), np.arange(1, n + 1), np.zeros(n)
+            for k, column in enumerate(columns):
+                axes.bar(agents, column, bottom=bottom, color=colors(k), width=0.85)
+                bottom += column
+            label = f"{name} ({len(some)} seed{'s' * (len(some) > 1)})"
+            axes.set_title(f"{task}\n{label}" if len(runs) > 1 else label, fontsize="medium")
+            axes.set(xlabel="agent, from 1", ylabel="share of iterations", xlim=(0.4, n + 0.6), ylim=(0, 1))
+            axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        colors = ScalarMappable(BoundaryNorm(np.arange(n + 1) + 0.5, n), colors)
+        figure.colorbar(colors, ax=list(line), label=ORDERS[what], ticks=MaxNLocator(10, integer=True))
+    save(figure, args.orders, args.title)
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 def check_args(args: Args):
     if not args.paths:
         usage_error("paths", "name at least one run directory, file or folder")
-    for option in ("out", "efficiency", "improvement"):
+    for option in ("out", "efficiency", "improvement", "orders"):
         for file in getattr(args, option):
             if file.suffix not in (".png", ".svg"):
                 usage_error(f"--{option} {file}", "must end in .png or .svg")
@@ -668,6 +733,7 @@ def main(args: Args):
     if args.reference is not None and len(runs) > 1:
         usage_error(f"--reference {args.reference:g}", f"is for one task, not for {', '.join(runs)}")
     metrics = choose_metrics(runs, args.metric)
+    shares = read_orders(runs) if args.orders else {}
     check(runs)
     unit = "; win rates in per cent" if "win_rate" in metrics.values() else ""
     parts = [f"Median (standard deviation) over seeds of the median of the last ten evaluations{unit}:"]
@@ -696,6 +762,8 @@ def main(args: Args):
         plot_curves(runs, metrics, args)
     if args.efficiency:
         plot_efficiency(runs, metrics, args)
+    if args.orders:
+        plot_orders(runs, shares, args)
 
 
 if __name__ == "__main__":

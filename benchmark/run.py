@@ -140,7 +140,8 @@ class Args:
     dry_run: bool = False
     """print the commands and leave"""
     collect: Path | None = None
-    """copy the finished runs to {DIR}/{task}/{script}[-variant]__{seed}.jsonl and .config.json, and leave"""
+    """copy the finished runs to {DIR}/{task}/{script}[-variant]__{seed}.jsonl and .config.json, with A2PO also the
+    agents' ranks and places, .orders.json, and leave"""
     dir: Path = Path(".")
     """where the runs/ folder is or shall be"""
     cpus_per_job: Count | None = None
@@ -311,6 +312,20 @@ def read_config(path: Path) -> dict:
     return config if isinstance(config, dict) else {}
 
 
+def count_orders(run_dir: Path) -> dict[str, list[list[int]]]:
+    """In how many of a run's iterations each of its n agents (a list of n numbers) had each rank by E|A|, and each
+    position in the order of the updates, from 1 to n; by its TensorBoard events. Nothing where no ranks are logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, counts = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), {}
+    for what in ("rank", "position"):
+        tags = [tag for tag in events.Tags()["scalars"] if re.fullmatch(rf"\w+/{what}_of_agent/\d+", tag)]
+        tags.sort(key=lambda tag: int(tag.split("/")[-1]))
+        by_agent = [collections.Counter(event.value for event in events.Scalars(tag)) for tag in tags]
+        counts[what] = [[of_agent[k] for k in range(1, len(tags) + 1)] for of_agent in by_agent]
+    return counts if counts["rank"] else {}
+
+
 def resumed_with(config: dict) -> list[tuple[int, dict]]:
     """Where a run was resumed with other settings, of those that change its numbers: (step, what differs from the ones
     that it began with)."""
@@ -411,16 +426,18 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
         with writing(f"--collect {target}"):
             folder.mkdir(parents=True, exist_ok=True)
             for source, ending in (("config.json", ".config.json"), ("eval.jsonl", ".jsonl")):
-                copy(base / run_dir / source, folder / f"{stem}{ending}")
+                write(folder / f"{stem}{ending}", (base / run_dir / source).read_bytes())
+            if counts := count_orders(base / run_dir):
+                write(folder / f"{stem}.orders.json", json.dumps(counts).encode() + b"\n")
         print(f"{run_dir} -> {folder / stem}.jsonl")
     return missing
 
 
-def copy(source: Path, target: Path):
+def write(target: Path, contents: bytes):
     """All or nothing: a disk that is full leaves no part of a file."""
     part = target.with_name(target.name + ".part")
     try:
-        shutil.copyfile(source, part)
+        part.write_bytes(contents)
         os.replace(part, target)
     except OSError:
         part.unlink(missing_ok=True)

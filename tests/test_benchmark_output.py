@@ -26,6 +26,7 @@ CASES = [
     (plot, ["FILE", "--out", "FILE/x.png"]),
     (plot, ["FILE", "--efficiency", "x.svg", "FILE/x.svg"]),
     (plot, ["FILE", "--improvement", "FILE/a/x.svg"]),
+    (plot, ["FILE", "--orders", "FILE/x.png"]),
     (speed, ["--out", "FILE/x"]),
     (speed, ["--out", "FOLDER"]),
     (bounds, ["--out", "FILE"]),

@@ -323,6 +323,80 @@ def test_published_runs_of_two_lambdas_stay_apart():
     }
 
 
+def write_orders(folder, name, seed, ranks, places=None):
+    path = write_run(folder / f"{name}__{seed}.jsonl", [0.5] * 10)
+    counts = {"rank": ranks, "position": places or ranks}
+    path.with_suffix(".orders.json").write_text(json.dumps(counts))
+
+
+def test_shares_of_ranks_are_of_all_iterations_of_all_seeds(tmp_path, monkeypatch, capsys):
+    """And they are the heights of the figure's bars, which stand on each other from rank 1."""
+    pytest.importorskip("matplotlib")
+    write_orders(tmp_path / "t", "a2po_smac-cyclic", 1, [[1, 3], [4, 0]], [[4, 0], [0, 4]])
+    write_orders(tmp_path / "t", "a2po_smac-cyclic", 2, [[6, 0], [0, 6]], [[6, 0], [0, 6]])
+    write_orders(tmp_path / "t", "a2po_smac-greedy", 1, [[2, 2], [2, 2]])
+    write_orders(tmp_path / "u", "a2po_smac-cyclic", 1, [[1, 1, 2], [2, 1, 1], [1, 2, 1]])
+    runs = plot.read([tmp_path])
+    shares = plot.read_orders(runs)
+    assert shares["t"]["a2po_smac-cyclic"]["rank"] == pytest.approx(np.array([[0.7, 0.3], [0.4, 0.6]]))
+    assert shares["t"]["a2po_smac-cyclic"]["position"].tolist() == [[1, 0], [0, 1]]
+    assert shares["t"]["a2po_smac-greedy"]["rank"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda *inputs: figures.append(inputs))
+    plot.main(plot.Args((tmp_path,), orders=(tmp_path / "o.png",), reps=20))
+    ((figure, files, _),) = figures
+    assert files == (tmp_path / "o.png",)
+    panels = [axes for axes in figure.axes if axes.get_title() and axes.get_visible()]
+    names = ["t\na2po_smac-cyclic (2 seeds)", "t\na2po_smac-greedy (1 seed)"]
+    assert [axes.get_title() for axes in panels] == names + names + ["u\na2po_smac-cyclic (1 seed)"] * 2
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in panels[0].patches]
+    assert np.array(bars) == pytest.approx(np.array([(1, 0, 0.7), (2, 0, 0.4), (1, 0.7, 0.3), (2, 0.4, 0.6)]))
+    thirds = [(bar.get_height(), bar.get_facecolor()) for bar in panels[4].patches]
+    assert [height for height, _ in thirds] == [0.25, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5, 0.25, 0.25]
+    assert len({color for _, color in thirds}) == 3
+    labels = [axes.get_ylabel() for axes in figure.axes if axes not in panels and axes.get_visible()]
+    assert labels == ["rank by E|A|, 1 is the largest", "place in the order"] * 2
+
+
+@pytest.mark.parametrize(
+    "orders",
+    ["", "{", "[]", "{}", '{"rank": [[1]]}', '{"rank": [], "position": []}', '{"rank": [[1, 2]], "position": [[1, 2]]}']
+    + ['{"rank": [[1, "a"], [2, 1]], "position": [[1, 2], [2, 1]]}', '{"rank": [[1, 2], [2]], "position": [[1], [1]]}']
+    + [
+        '{"rank": [[0, 0], [2, 1]], "position": [[1, 2], [2, 1]]}',
+        '{"rank": [[-1, 2], [2, 1]], "position": [[1, 2], [2, 1]]}',
+    ],
+)
+def test_a_run_without_ranks_is_one_line(tmp_path, orders, capsys):
+    """A baseline, a run of before they were logged, a file that is something else; before anything is worked out."""
+    write_orders(tmp_path / "t", "a2po_smac", 1, [[1, 2], [2, 1]])
+    write_run(tmp_path / "t" / "mappo_smac__1.jsonl", [0.5] * 10)
+    if orders:
+        (tmp_path / "t" / "mappo_smac__1.orders.json").write_text(orders)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.Args((tmp_path,), orders=(tmp_path / "o.png",)))
+    (line,) = capsys.readouterr().err.splitlines()
+    file = tmp_path / "t" / "mappo_smac__1.orders.json"
+    assert stop.value.code == 2 and line.startswith(f"plot.py: error: --orders, {file}: has no ranks of agents")
+    assert plot.read_orders(plot.read([tmp_path], algorithms=["a2po_smac"]))["t"].keys() == {"a2po_smac"}
+
+
+def test_other_bad_orders_are_one_line(tmp_path, capsys):
+    """A run directory without events, and seeds with different numbers of agents."""
+    (tmp_path / "runs").mkdir()
+    write_configured(tmp_path / "runs", SETTINGS)
+    write_orders(tmp_path / "t", "a2po_smac", 1, [[1, 2], [2, 1]])
+    write_orders(tmp_path / "t", "a2po_smac", 2, [[1]])
+    for folder, why in (
+        ("runs", "__100: has no ranks of agents"),
+        ("t", "t a2po_smac: its runs have different numbers"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            plot.read_orders(plot.read([tmp_path / folder]))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("plot.py: error: --orders") and why in line
+
+
 def test_over_tasks_only_what_all_have(tmp_path, capsys):
     for task, name, seeds in (
         ("t", "a", (1, 2)),

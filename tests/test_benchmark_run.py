@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import plot, run
 
@@ -431,6 +433,48 @@ def test_lambdas_are_collected_side_by_side_and_named(fake):
     assert set(plot.read([fake / "others"])["3s5z-smax"]) == ends, "there is one lambda"
     names |= {f"{end} gae_lambda=0.9" for end in ends}
     assert set(plot.read([fake / "results", fake / "others"])["3s5z-smax"]) == names
+
+
+def log_orders(run_dir, ranks, orders, begin=1, purge_step=None, method="a2po"):
+    """As the scripts do, by iteration: the rank of each agent, and the agents in the order of their updates."""
+    with SummaryWriter(run_dir, purge_step=purge_step) as writer:
+        for step, (of_agent, order) in enumerate(zip(ranks, orders, strict=True), begin):
+            for i, rank in enumerate(of_agent):
+                writer.add_scalar(f"a2po/rank_of_agent/{i}", rank, step)
+            for place, i in enumerate(order, 1):
+                writer.add_scalar(f"{method}/position_of_agent/{i}", place, step)
+            writer.add_scalar("a2po/position_1/ratio", 1.0, step)
+
+
+def test_ranks_and_places_are_counted(tmp_path):
+    """Of twelve agents, in whose names 10 comes before 2; what was done again after a resumption counts once."""
+    random = np.random.default_rng(0)
+    ranks, orders = (np.array([random.permutation(12) for _ in range(30)]) for _ in range(2))
+    log_orders(tmp_path / "a", ranks[:20] + 1, orders[:20])
+    log_orders(tmp_path / "a", ranks[15:] + 1, orders[15:], begin=16, purge_step=16)
+    counts = run.count_orders(tmp_path / "a")
+    assert counts["rank"] == [[sum(ranks[t][i] == k for t in range(30)) for k in range(12)] for i in range(12)]
+    assert counts["position"] == [[sum(orders[t][k] == i for t in range(30)) for k in range(12)] for i in range(12)]
+    log_orders(tmp_path / "happo", [[]] * 30, orders, method="happo")
+    assert run.count_orders(tmp_path / "happo") == {} == run.count_orders(tmp_path), "no ranks, no events"
+
+
+def test_ranks_and_places_are_collected(fake):
+    """Where there are any; they lie where plot.py looks for them."""
+    jobs = fake_jobs("--total-timesteps", "300")
+    for job in jobs:
+        start(job, fake)
+    run_dir = fake / run.find_run(jobs[1], fake)[1]
+    log_orders(run_dir, [[2, 1], [2, 1], [1, 2]], [[0, 1], [1, 0], [1, 0]])
+    assert run.collect(jobs, fake, fake / "results") == 0
+    (file,) = (fake / "results").rglob("*.orders.json")
+    assert file.name == "a2po_smac-no-preopc__1.orders.json"
+    assert json.loads(file.read_text()) == {"rank": [[1, 2], [2, 1]], "position": [[1, 2], [2, 1]]}
+    for folder in (fake / "results", run_dir):
+        ((name, shares),) = plot.read_orders(plot.read([folder], algorithms=["a2po_smac-no-preopc"]))[
+            "3s5z-smax"
+        ].items()
+        assert name == "a2po_smac-no-preopc" and (3 * shares["rank"]).tolist() == [[1, 2], [2, 1]]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -30,6 +30,8 @@ from helpers import (
 from helpers import train as train_on
 from reference import Reference
 
+from benchmark.run import count_orders
+
 CRASHES = {(7, 0), (12, 1), (13, 0)}  # within an episode, at the start of a rollout, where a game should begin
 
 
@@ -175,7 +177,7 @@ def test_a_signal_saves_and_resuming_changes_nothing(train, number, capsys):
     assert kept == expected and len(expected) >= 3
     assert json.loads((half.folder / "config.json").read_text())["total_timesteps"] == 100
     steps = [[event.step for event in scalars(run.folder)["losses/value_loss"]] for run in (half, whole)]
-    assert steps[0] == steps[1]
+    assert steps[0] == steps[1] and count_orders(half.folder) == count_orders(whole.folder)
 
 
 def test_resume_with_more_steps(train):
