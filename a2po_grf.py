@@ -107,7 +107,7 @@ class Args:
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one"""
     cumulative_blocks: bool = False
-    """with shared parameters every update trains the blocks before it again, too (the authors' launch scripts)"""
+    """with shared parameters train the blocks before again, too (authors' launch scripts; it learned slower on MPE)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )

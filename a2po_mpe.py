@@ -98,7 +98,7 @@ class Args:
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one (Algorithm 2)"""
     cumulative_blocks: bool = False
-    """every update trains the blocks before it again, too (the authors' launch scripts; more work)"""
+    """train the blocks before again, too (authors' launch scripts; 3 blocks: twice the work; MPE: learns slower)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
