@@ -113,6 +113,21 @@ def test_ranks_are_by_the_advantages_of_the_last_update(script, train):
     assert of_agents(plain, "rank") == of_agents(plain, "position") != []
 
 
+def test_one_thread_while_the_game_plays(script, train, monkeypatch):
+    """All threads for the update; in rollouts and evaluations the others would spin on the simulator's cores."""
+    threads = {"act": set(), "value_loss": set()}
+    for name, counted in threads.items():
+        original = getattr(script, name)
+
+        def watched(*inputs, original=original, counted=counted, **options):
+            counted.add(torch.get_num_threads())
+            return original(*inputs, **options)
+
+        monkeypatch.setattr(script, name, watched)
+    train(torch_threads=2, eval_every=10)
+    assert threads == {"act": {1}, "value_loss": {2}}
+
+
 # ---------------------------------------------------------------------------------------------------------- samples
 def test_what_is_no_sample_changes_nothing(train):
     """The dead's observations and masks, terminal observations, rewards of fillers and crashes leave no trace."""
