@@ -382,10 +382,9 @@ def main(args: Args):
                 step = envs.look(device)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
+                obs_normalizer.update(seen)
                 step["actions"], step["log_probs"] = act(policies, step["obs"])
-                envs.env.step_async(step["actions"].cpu().numpy())
-                obs_normalizer.update(seen)  # while the robots move
-                step["rewards"], step["terminated"], _ = envs.record(step["actions"], *envs.env.step_wait())
+                step["rewards"], step["terminated"], _ = envs.play(step["actions"])
                 steps.append(step)
             steps.append(envs.look(device))  # what the last step's next value is of
             steps[-1]["obs"] = obs_normalizer(steps[-1]["obs"])
@@ -575,14 +574,7 @@ class MaMuJoCo(gym.vector.VectorEnv):
         return self._low + (whole + 1) / 2 * (self._high - self._low)
 
     def step(self, actions):
-        self.step_async(actions)
-        return self.step_wait()
-
-    def step_async(self, actions):
-        self.envs.send(self.joint_actions(actions))
-
-    def step_wait(self):
-        obs, reward, terminated, truncated, _ = self.envs.recv()
+        obs, reward, terminated, truncated, _ = self.envs.step(self.joint_actions(actions))
         return {"obs": obs}, reward, terminated, truncated, {}
 
     def get_state(self):

@@ -52,7 +52,7 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 BUDGETS = {
     "a2po_smac": (520, 1492),
     "a2po_mpe": (502, 1370),
-    "a2po_mamujoco": (484, 1087),
+    "a2po_mamujoco": (483, 1079),
     "a2po_grf": (545, 1809),
 }
 

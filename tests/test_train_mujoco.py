@@ -177,12 +177,6 @@ class Rig(gym.vector.VectorEnv):
         self.seen = self._observe()
         return self.seen, {}
 
-    def step_async(self, actions):
-        self.asked = actions.copy()
-
-    def step_wait(self):
-        return self.step(self.asked)
-
     def step(self, actions):
         if len(self.record) == self.signal_at:
             signal.raise_signal(self.signal_number)
