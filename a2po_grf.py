@@ -107,7 +107,7 @@ class Args:
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one"""
     cumulative_blocks: bool = False
-    """with shared parameters train the blocks before again, too (authors' launch scripts; it learned slower on MPE)"""
+    """with shared parameters every update trains earlier blocks again (authors' scripts; slower learning on MPE)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -524,7 +524,7 @@ def main(args: Args):
                             run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy)
                             run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm, **ratios)
                             run.note(f"a2po/position_{position}", **ratios)
-                        scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # as corrected
+                        scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # for the log
 
                     if not shared:  # the ratio is extended by the block just updated
                         with torch.no_grad():

@@ -462,7 +462,7 @@ def main(args: Args):
                         run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                         run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
                         run.note(f"a2po/position_{position}", **ratios)
-                scores[agents] = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))[agents]  # as corrected
+                scores[agents] = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))[agents]  # for the log
 
                 # The ratio is extended by the block just updated: one forward pass of its agents alone.
                 with torch.no_grad():

@@ -95,7 +95,7 @@ class Args:
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in (Table 7 by map; never more than there are agents)"""
     cumulative_blocks: bool = False
-    """train the blocks before again, too (authors' launch scripts; 3 blocks: twice the work; MPE: learns slower)"""
+    """every update trains earlier blocks again (authors' scripts; on MPE 1.1 times the seconds, slower learning)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -501,7 +501,7 @@ def main(args: Args):
                     actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                     critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # as corrected
+                    scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # for the log
                     ratios = ratio_statistics(log_ratio, preceding_ratio, sample, eps_k)
                     run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                     run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)

@@ -202,6 +202,18 @@ def test_read_to_the_end_of_main(name):
     assert below <= run_only | {"evaluate", "explained_variance", "ratio_statistics"}
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_threads(name):
+    """One for rollouts and evaluations, all for values and updates; test_train_smac sees them at work."""
+    text = source(name)
+    one, all_of_them = "torch.set_num_threads(1)", "torch.set_num_threads(args.torch_threads)"
+    marks = [one, "- rollout\n", all_of_them, "- update\n", 'run.lap("update")', one, "- log, evaluate, save\n"]
+    place = 0
+    for mark in marks:
+        place = text.index(mark, place) + 1
+    assert text.count("set_num_threads") == 3
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_budgets(name):
     main_ends, lines = BUDGETS[name]
