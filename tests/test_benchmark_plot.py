@@ -331,6 +331,7 @@ def write_orders(folder, name, seed, ranks, places=None):
 
 def test_shares_of_ranks_are_of_all_iterations_of_all_seeds(tmp_path, monkeypatch, capsys):
     """And they are the heights of the figure's bars, which stand on each other from rank 1."""
+    pytest.importorskip("rliable")
     pytest.importorskip("matplotlib")
     write_orders(tmp_path / "t", "a2po_smac-cyclic", 1, [[1, 3], [4, 0]], [[4, 0], [0, 4]])
     write_orders(tmp_path / "t", "a2po_smac-cyclic", 2, [[6, 0], [0, 6]], [[6, 0], [0, 6]])
