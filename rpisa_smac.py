@@ -1422,4 +1422,5 @@ def check_args(args: Args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run takes it over: Ctrl-C leaves no traceback
     main(parse_args())

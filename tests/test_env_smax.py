@@ -307,3 +307,19 @@ def test_command_line_run(cache, tmp_path):
     done = subprocess.run(command(words), capture_output=True, timeout=200, **everywhere)
     assert done.returncode == 0 and "6 greedy episodes: won" in done.stdout, done.stderr
     assert list((tmp_path / "runs").iterdir()) == [run_dir]
+
+
+def test_ctrl_c_while_the_game_starts(cache, tmp_path):
+    """Nothing was begun: no traceback, no run."""
+    pytest.importorskip("jaxmarl")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "a2po_smac.py"), "--map", "3m", "--simulator", "smax"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=tmp_path, env=environment) as process:
+        try:
+            assert process.stdout.readline().startswith("simulator: smax")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
