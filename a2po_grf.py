@@ -1,12 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0",
-#   "numpy==2.4.6",
-#   "gymnasium==1.4.0",
-#   "tyro==1.0.17",
-#   "tensorboard==2.20.0",
-#   "tqdm==4.70.1",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
 # ]
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on Google Research Football's game engine.
@@ -31,7 +26,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -60,7 +54,9 @@ from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
-class Args:
+class Settings:
+    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+
     scenario: str = "5_vs_5"
     """5_vs_5, 11_vs_11_stochastic (also easy and hard) or an academy drill such as academy_3_vs_1_with_keeper"""
     seed: int = 1
@@ -72,10 +68,6 @@ class Args:
     num_steps: int | None = None
     """steps of each game per iteration; by default a whole game: 3,000 in a match, which makes the authors' 72,000 in
     all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
-    num_workers: int | None = None
-    """processes that share the games of a half; by default one per core"""
-    worker_timeout: float = 120.0
-    """seconds after which a worker whose game does not answer is given up and begun anew"""
 
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""
@@ -126,35 +118,6 @@ class Args:
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default)"""
-
-    eval_every: int = 500_000
-    """environment steps between evaluations"""
-    eval_episodes: int = 32
-    """greedy episodes per evaluation (MAPPO default)"""
-    save_every: int = 100_000
-    """environment steps between checkpoints"""
-    resume: str = ""
-    """run directory to continue; its settings hold, but for the options given beside it"""
-    eval_only: bool = False
-    """play eval_episodes with --checkpoint, print the result and leave"""
-    checkpoint: str = ""
-    """checkpoint file for --eval-only"""
-    out: str = ""
-    """file to which --eval-only adds its result, as a line of JSON"""
-    exp_name: str = Path(__file__).stem
-    """what the run is called in its folder, plots and W&B"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
-    wandb_project: str = "a2po"
-    """Weights & Biases project"""
-    wandb_entity: str = ""
-    """Weights & Biases team; by default your own"""
-    wandb_group: str = ""
-    """Weights & Biases group, such as the seeds of one experiment"""
-    cuda: bool = True
-    """use a GPU for the networks if there is one"""
-    torch_threads: int | None = None
-    """CPU threads of PyTorch; by default all cores"""
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -231,12 +194,8 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n) with a dead agent's replaced by the mean of its living team-mates'.
-
-    They estimate the same return, the team's; the critic is not trained on dead agents' steps.
-    """
-    team = (values * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(alive.bool(), values, team)
+    """Values (..., n), a dead agent's, untrained, replaced by its living team-mates' mean: their return is the same."""
+    return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -265,8 +224,7 @@ class RecurrentNetwork(nn.Module):
         self.gru = nn.GRUCell(hidden_size, hidden_size)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
-        last = layer_init(nn.Linear(hidden_size, outputs), gain)
-        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, last)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, layer_init(nn.Linear(hidden_size, outputs), gain))
 
     def forward(self, inputs, hidden, start):
         """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
@@ -378,19 +336,17 @@ def policy_change(actor, rollout, agents):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def main(args: Args):
+def main(args: "Args"):
     args = complete_args(args)
     torch.set_num_threads(1)  # for single steps: threads that wait would take the cores from the simulator
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gamma, gae_lambda = args.gamma, args.gae_lambda
-
     envs = make_envs(args)
     n, obs_dim = envs.single_observation_space["obs"].shape
     _, n_actions = envs.single_observation_space["action_mask"].shape
     (state_dim,) = envs.single_observation_space["state"].shape
     everyone = torch.arange(n, device=device)
-
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
     if args.cumulative_blocks and not args.share_parameters:
@@ -1405,7 +1361,7 @@ class Halves:
             half.close()
 
 
-def make_envs(args: Args) -> Halves:
+def make_envs(args: "Args") -> Halves:
     weights = {term: getattr(args, f"reward_{term}") for term in Reward.TERMS}
     game = functools.partial(Football, args.scenario, weights)
     # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
@@ -1424,6 +1380,42 @@ GAMES = ("num_envs",)  # its saved games are of these, too
 SCORE = "win_rate"  # what evaluations are about
 # Lists in eval.jsonl: number of each episode.
 RAW = {name: name for name in ("won", "score", "goal", "lost", "assist", "pass", "attempts")}
+
+
+@dataclasses.dataclass
+class Args(Settings):
+    eval_every: int = 500_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes per evaluation (MAPPO default)"""
+    save_every: int = 100_000
+    """environment steps between checkpoints"""
+    resume: str = ""
+    """run directory to continue; its settings hold, but for the options given beside it"""
+    eval_only: bool = False
+    """play eval_episodes with --checkpoint, print the result and leave"""
+    checkpoint: str = ""
+    """checkpoint file for --eval-only"""
+    out: str = ""
+    """file to which --eval-only adds its result, as a line of JSON"""
+    exp_name: str = Path(__file__).stem
+    """what the run is called in its folder, plots and W&B"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
+    wandb_project: str = "a2po"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; by default your own"""
+    wandb_group: str = ""
+    """Weights & Biases group, such as the seeds of one experiment"""
+    cuda: bool = True
+    """use a GPU for the networks if there is one"""
+    num_workers: int | None = None
+    """processes that share the games of a half; by default one per core"""
+    worker_timeout: float = 120.0
+    """seconds after which a worker whose game does not answer is given up and begun anew"""
+    torch_threads: int | None = None
+    """CPU threads of PyTorch; by default all cores"""
 
 
 def task_name(args: Args) -> str:
@@ -1737,8 +1729,8 @@ def parse_args(argv=None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
     types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
-    for place, (option, value) in enumerate(itertools.pairwise(words), start=1):
-        kind = types.get(option.replace("_", "-"))
+    for place, option in enumerate(words[:-1], start=1):
+        kind, value = types.get(option.replace("_", "-")), words[place]
         if kind is bool and value.lower() in ("true", "false"):
             usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
         if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():

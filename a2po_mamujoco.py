@@ -1,14 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0",
-#   "numpy==2.4.6",
-#   "gymnasium==1.4.0",
-#   "gymnasium-robotics==1.4.2",
-#   "envpool==1.2.5",
-#   "tyro==1.0.17",
-#   "tensorboard==2.20.0",
-#   "tqdm==4.70.1",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "envpool==1.2.5",
+#   "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
 # ]
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on multi-agent MuJoCo, with a network per agent.
@@ -31,7 +25,6 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -43,7 +36,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -59,7 +51,9 @@ from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
-class Args:
+class Settings:
+    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+
     scenario: Literal["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Walker2d"] = "Ant"
     """the robot"""
     partition: str | None = None
@@ -105,35 +99,6 @@ class Args:
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
     """width of all hidden layers (MAPPO default)"""
-
-    eval_every: int = 100_000
-    """environment steps between evaluations"""
-    eval_episodes: int = 32
-    """greedy episodes per evaluation (MAPPO default)"""
-    save_every: int = 100_000
-    """environment steps between checkpoints"""
-    resume: str = ""
-    """run directory to continue; its settings hold, but for the options given beside it"""
-    eval_only: bool = False
-    """play eval_episodes with --checkpoint, print the result and leave"""
-    checkpoint: str = ""
-    """checkpoint file for --eval-only"""
-    out: str = ""
-    """file to which --eval-only adds its result, as a line of JSON"""
-    exp_name: str = Path(__file__).stem
-    """what the run is called in its folder, plots and W&B"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
-    wandb_project: str = "a2po"
-    """Weights & Biases project"""
-    wandb_entity: str = ""
-    """Weights & Biases team; by default your own"""
-    wandb_group: str = ""
-    """Weights & Biases group, such as the seeds of one experiment"""
-    cuda: bool = True
-    """use a GPU for the networks if there is one"""
-    torch_threads: int | None = None
-    """CPU threads of PyTorch and of the simulator; by default all cores"""
 
 
 # Table 9; the blocks are for algorithms that update agents one after the other, by default one for each agent.
@@ -356,18 +321,16 @@ def policy_change(actor, rollout, agent):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def main(args: Args):
+def main(args: "Args"):
     args = complete_args(args)
     torch.set_num_threads(1)  # for single steps: threads that wait would take the cores from the simulator
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gamma, gae_lambda = args.gamma, args.gae_lambda
-
     envs = make_envs(args)
     (obs_dim,) = envs.single_observation_space["obs"].shape
     n, d = envs.single_action_space.shape
     has_joint = torch.tensor(envs.unwrapped.has_joint, dtype=torch.float32, device=device)
-
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
 
@@ -545,7 +508,7 @@ OTHER_PARTITIONS = {
 
 def agent_joints(scenario: str, partition: str) -> list[list[int]]:
     """For each agent the indices of its joints in the action of the whole robot."""
-    with mock.patch("builtins.print"):  # it has a notice of other robots
+    with contextlib.redirect_stdout(io.StringIO()):  # it has a notice of other robots
         from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 
     joints = {joint.label: joint.act_ids for joint in get_parts_and_edges(scenario, None)[0][0]}
@@ -673,7 +636,7 @@ class Episodes(gym.vector.VectorWrapper):
             self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
 
 
-def make_envs(args: Args, evaluation: bool = False) -> Episodes:
+def make_envs(args: "Args", evaluation: bool = False) -> Episodes:
     """Environments for training, with other episodes after --resume, or for evaluation, always with the same ones."""
     iteration = read_checkpoint(*saved_in(args))["progress"]["iteration"] if args.resume else 0
     num_envs, stream = (args.eval_episodes, 1) if evaluation else (args.num_envs, 2 * iteration)
@@ -688,6 +651,38 @@ TASK = ("scenario", "partition", "env_version")  # a checkpoint's networks are f
 GAMES = ()  # its saved games are of these, too: there are none
 SCORE = "episodic_return"  # what evaluations are about
 RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
+
+
+@dataclasses.dataclass
+class Args(Settings):
+    eval_every: int = 100_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes per evaluation (MAPPO default)"""
+    save_every: int = 100_000
+    """environment steps between checkpoints"""
+    resume: str = ""
+    """run directory to continue; its settings hold, but for the options given beside it"""
+    eval_only: bool = False
+    """play eval_episodes with --checkpoint, print the result and leave"""
+    checkpoint: str = ""
+    """checkpoint file for --eval-only"""
+    out: str = ""
+    """file to which --eval-only adds its result, as a line of JSON"""
+    exp_name: str = Path(__file__).stem
+    """what the run is called in its folder, plots and W&B"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
+    wandb_project: str = "a2po"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; by default your own"""
+    wandb_group: str = ""
+    """Weights & Biases group, such as the seeds of one experiment"""
+    cuda: bool = True
+    """use a GPU for the networks if there is one"""
+    torch_threads: int | None = None
+    """CPU threads of PyTorch and of the simulator; by default all cores"""
 
 
 def task_name(args: Args) -> str:
@@ -1001,8 +996,8 @@ def parse_args(argv=None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
     types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
-    for place, (option, value) in enumerate(itertools.pairwise(words), start=1):
-        kind = types.get(option.replace("_", "-"))
+    for place, option in enumerate(words[:-1], start=1):
+        kind, value = types.get(option.replace("_", "-")), words[place]
         if kind is bool and value.lower() in ("true", "false"):
             usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
         if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():

@@ -1,22 +1,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0",
-#   "numpy==2.4.6",
-#   "gymnasium==1.4.0",
-#   "jax==0.10.2",
-#   "jaxlib==0.10.2",
-#   "jaxmarl==0.2.0",
-#   "tyro==1.0.17",
-#   "tensorboard==2.20.0",
-#   "tqdm==4.70.1",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "jax==0.10.2", "jaxlib==0.10.2", "jaxmarl==0.2.0",
+#   "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
 # ]
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on SMAC, with parameters shared by all agents.
 
 The paper's Algorithm 2: one rollout, then blocks of agents one after the other (semi-greedy order), each with its own
-PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Actor and critic are recurrent. The
-game is StarCraft II where it is installed and SMAX, its JAX double, everywhere else.
+PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Without StarCraft II it plays SMAX.
 
     python a2po_smac.py --map 3s5z
     python a2po_smac.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -33,7 +25,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -49,7 +40,6 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -64,7 +54,9 @@ from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
-class Args:
+class Settings:
+    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+
     map: str = "3s5z"
     """SMAC map, such as 3s5z or 5m_vs_6m; with StarCraft II also SMACv2's, such as protoss_5_vs_5"""
     simulator: Literal["auto", "starcraft2", "smax"] = "auto"
@@ -77,10 +69,6 @@ class Args:
     """environments stepped at once; by default 64 for SMAX and 8 games for StarCraft II"""
     num_steps: int | None = None
     """steps of each environment per iteration; by default what makes 3,200 in all (MAPPO default)"""
-    num_workers: int | None = None
-    """processes that share StarCraft II's games; by default one for each game"""
-    worker_timeout: float = 120.0
-    """seconds after which a worker whose game does not answer is given up and begun anew"""
 
     learning_rate: float = 5e-4
     """of actor and critic (MAPPO default)"""
@@ -118,37 +106,6 @@ class Args:
     """width of all hidden layers and of the GRU (MAPPO default)"""
     deep: bool = False
     """three layers before the GRU and one after it, as in the authors' code; else two and none (MAPPO default)"""
-
-    eval_every: int = 50_000
-    """environment steps between evaluations"""
-    eval_episodes: int = 32
-    """greedy episodes per evaluation (MAPPO default)"""
-    save_every: int = 100_000
-    """environment steps between checkpoints"""
-    resume: str = ""
-    """run directory to continue; its settings hold, but for the options given beside it"""
-    eval_only: bool = False
-    """play eval_episodes with --checkpoint, print the result and leave"""
-    checkpoint: str = ""
-    """checkpoint file for --eval-only"""
-    out: str = ""
-    """file to which --eval-only adds its result, as a line of JSON"""
-    exp_name: str = Path(__file__).stem
-    """what the run is called in its folder, plots and W&B"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
-    wandb_project: str = "a2po"
-    """Weights & Biases project"""
-    wandb_entity: str = ""
-    """Weights & Biases team; by default your own"""
-    wandb_group: str = ""
-    """Weights & Biases group, such as the seeds of one experiment"""
-    cuda: bool = True
-    """use a GPU for the networks if there is one"""
-    compile: bool = False
-    """compile the networks with torch.compile; needs a C++ compiler, starts minutes later"""
-    torch_threads: int | None = None
-    """CPU threads of PyTorch; by default all cores"""
 
 
 # Table 7; the blocks are for algorithms that update agents one after the other. Other maps: as 3s5z.
@@ -246,12 +203,8 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n) with a dead agent's replaced by the mean of its living team-mates'.
-
-    They estimate the same return, the team's; the critic is not trained on dead agents' steps.
-    """
-    team = (values * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(alive.bool(), values, team)
+    """Values (..., n), a dead agent's, untrained, replaced by its living team-mates' mean: their return is the same."""
+    return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -280,8 +233,7 @@ class RecurrentNetwork(nn.Module):
         self.gru = nn.GRUCell(hidden_size, hidden_size)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
-        last = layer_init(nn.Linear(hidden_size, outputs), gain)
-        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, last)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), *after, layer_init(nn.Linear(hidden_size, outputs), gain))
 
     def forward(self, inputs, hidden, start):
         """inputs (L, B, inputs), hidden (B, H) before the first step, start (L, B), 1 where an episode begins.
@@ -388,18 +340,16 @@ def policy_change(actor, rollout, agents):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def main(args: Args):
+def main(args: "Args"):
     args = complete_args(args)
     torch.set_num_threads(1)  # for single steps: threads that wait would take the cores from the simulator
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gamma, gae_lambda = args.gamma, args.gae_lambda
-
     envs = make_envs(args)
     n, obs_dim = envs.single_observation_space["obs"].shape
     _, n_actions = envs.single_observation_space["action_mask"].shape
     (state_dim,) = envs.single_observation_space["state"].shape
-
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
 
@@ -645,7 +595,7 @@ class SMAX(gym.vector.VectorEnv):
         import jax
         import jax.numpy as jnp
 
-        with mock.patch("builtins.print"):  # it has a notice of environments that it does not find
+        with contextlib.redirect_stdout(io.StringIO()):  # it has a notice of environments that it does not find
             from jaxmarl.environments.smax import HeuristicEnemySMAX, Scenario, map_name_to_scenario
 
         if map_name == "8m_vs_9m":
@@ -1090,7 +1040,7 @@ class Episodes(gym.vector.VectorWrapper):
             self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
 
 
-def make_envs(args: Args) -> Episodes:
+def make_envs(args: "Args") -> Episodes:
     print(f"simulator: {args.simulator} (StarCraft II: {find_starcraft2()[1]})")
     if args.simulator == "smax":
         return Episodes(SMAX(args.map, args.num_envs, args.seed))
@@ -1105,6 +1055,44 @@ TASK = ("map", "simulator")  # a checkpoint's networks are for these
 GAMES = ("num_envs",)  # its saved games are of these, too
 SCORE = "win_rate"  # what evaluations are about
 RAW = {"won": "won", "returns": "return"}  # list in eval.jsonl: number of each episode
+
+
+@dataclasses.dataclass
+class Args(Settings):
+    eval_every: int = 50_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes per evaluation (MAPPO default)"""
+    save_every: int = 100_000
+    """environment steps between checkpoints"""
+    resume: str = ""
+    """run directory to continue; its settings hold, but for the options given beside it"""
+    eval_only: bool = False
+    """play eval_episodes with --checkpoint, print the result and leave"""
+    checkpoint: str = ""
+    """checkpoint file for --eval-only"""
+    out: str = ""
+    """file to which --eval-only adds its result, as a line of JSON"""
+    exp_name: str = Path(__file__).stem
+    """what the run is called in its folder, plots and W&B"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb==0.31.0` and `wandb login`)"""
+    wandb_project: str = "a2po"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; by default your own"""
+    wandb_group: str = ""
+    """Weights & Biases group, such as the seeds of one experiment"""
+    cuda: bool = True
+    """use a GPU for the networks if there is one"""
+    compile: bool = False
+    """compile the networks with torch.compile; needs a C++ compiler, starts minutes later"""
+    num_workers: int | None = None
+    """processes that share StarCraft II's games; by default one for each game"""
+    worker_timeout: float = 120.0
+    """seconds after which a worker whose game does not answer is given up and begun anew"""
+    torch_threads: int | None = None
+    """CPU threads of PyTorch; by default all cores"""
 
 
 def task_name(args: Args) -> str:
@@ -1418,8 +1406,8 @@ def parse_args(argv=None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
     types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
-    for place, (option, value) in enumerate(itertools.pairwise(words), start=1):
-        kind = types.get(option.replace("_", "-"))
+    for place, option in enumerate(words[:-1], start=1):
+        kind, value = types.get(option.replace("_", "-")), words[place]
         if kind is bool and value.lower() in ("true", "false"):
             usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
         if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():

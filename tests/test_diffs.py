@@ -16,13 +16,14 @@ BENCHMARKS = sorted({name.split("_")[1] for name in SCRIPTS})
 ALGORITHMS = ("mappo", "coppo", "happo", "a2po")  # from one to the next is a step of the paper
 # Definitions that differ between the algorithms on one benchmark, each with the reason.
 OF_THE_ALGORITHM = {
-    "Args": "its own options",
+    "Settings": "its own options",
     "clipped_surrogate": "its row of the paper's comparison",
     "main": "the update",
 }
 # Definitions that differ from benchmark to benchmark.
 OF_THE_BENCHMARK = {
-    "Args": "its own options, defaults from its own table",
+    "Settings": "its own options, defaults from its own table",
+    "Args": "its own simulator's processes",
     "act": "discrete or continuous actions, one network or several",
     "policy_change": "discrete or continuous actions",
     "main": "Algorithm 1 where parameters are not shared, halves of games where a step takes long",
@@ -50,10 +51,10 @@ SECTIONS += ["environments", "the run"]
 STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
-    "a2po_smac": (520, 1493),
-    "a2po_mpe": (502, 1371),
-    "a2po_mamujoco": (483, 1080),
-    "a2po_grf": (545, 1810),
+    "a2po_smac": (470, 1481),
+    "a2po_mpe": (452, 1359),
+    "a2po_mamujoco": (446, 1075),
+    "a2po_grf": (501, 1802),
 }
 
 
@@ -123,10 +124,10 @@ def regions(name: str) -> list[str]:
     tree, lines = ast.parse(source(name)), source(name).splitlines()
     of_the_algorithm = set(range(tree.body[0].lineno, tree.body[0].end_lineno + 1))
     fields = {}
-    for node in ast.walk(definitions(name)["Args"]):
+    for node in ast.walk(definitions(name)["Settings"]):
         if isinstance(node, ast.AnnAssign):
             fields[node.end_lineno + 1] = node
-    for doc in (node for node in definitions(name)["Args"].body if isinstance(node, ast.Expr)):
+    for doc in (node for node in definitions(name)["Settings"].body if isinstance(node, ast.Expr)):
         field = fields.get(doc.lineno)
         if field and field.target.id in ALGORITHM_OPTIONS:
             of_the_algorithm |= set(range(field.lineno, doc.end_lineno + 1))
@@ -245,8 +246,8 @@ def test_no_module_is_shared():
 
 # ------------------------------------------------------------------------------------------------------------ options
 def options(name: str) -> dict[str, tuple[str, str]]:
-    """Option -> its source and docstring in Args."""
-    body = definitions(name)["Args"].body
+    """Option -> its source and docstring, in Settings or in Args."""
+    body = definitions(name)["Settings"].body[1:] + definitions(name)["Args"].body
     fields = zip(body[::2], body[1::2], strict=True)
     return {field.target.id: (text_of(name, field), text_of(name, doc)) for field, doc in fields}
 

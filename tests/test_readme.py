@@ -7,6 +7,7 @@ import difflib
 import importlib
 import re
 import sys
+import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def options() -> set[str]:
     """The options of all scripts, --no-… included."""
     names = set()
     for path in ROOT.glob("*_*.py"):
-        for name, kind in importlib.import_module(path.stem).Args.__annotations__.items():
+        for name, kind in typing.get_type_hints(importlib.import_module(path.stem).Args).items():
             option = name.replace("_", "-")
             names |= {option, f"no-{option}"} if kind is bool else {option}
     return names
