@@ -14,6 +14,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from helpers import (
     LARGE,
     SCRIPTS,
@@ -155,6 +156,17 @@ def test_ranks_are_by_the_advantages_of_the_last_update(script, shared, train):
     reference = reference_of(run, script)
     assert_same_training(run, reference, run.games[0].record, tolerance=1e-5)
     assert list(np.argsort(reference.scores)) != list(np.argsort(reference.last_sizes))
+
+
+@own_and_shared
+def test_training_on_a_gpu(script, shared, train):
+    """Pretended: nothing there meets a tensor of the CPU, and the numbers are the CPU's."""
+    options = {"share_parameters": shared, "total_timesteps": 10, "update_epochs": 2, "crashes": CRASHES}
+    here = train("here", **options)
+    with elsewhere(script):
+        there = train("there", cuda=True, **options)
+    assert there.status == 0 and differences(here.checkpoint, there.checkpoint) == []
+    assert len(evaluations(there.folder)) == 1
 
 
 @own_and_shared

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from helpers import Skirmish, assert_same_training, differences, evaluations, in_double, load, make_args, scalars
 from helpers import train as train_on
 from reference import Reference
@@ -388,3 +389,16 @@ def test_training_is_the_algorithm_in_plain_loops(name, options, general, tmp_pa
     assert general == any((np.ndim(step.rewards) == 2 and np.ptp(step.rewards, 1).any()) for step in record)
     networks = [[run.initial[part]] * Skirmish.n for part in ("actor", "critic")]
     assert_same_training(run, Reference(name.split("_")[0], *networks, run.args), record)
+
+
+@pytest.mark.parametrize(("name", "options"), [*[(name, {}) for name in SCRIPTS], *OPTIONS], ids=str)
+def test_training_on_a_gpu(name, options, tmp_path):
+    """Pretended: nothing there meets a tensor of the CPU, and the numbers are the CPU's."""
+    module = load(name)
+    options = options | {"total_timesteps": 10, "update_epochs": 2}
+    here, there = (make_args(module, cuda=cuda, **options) for cuda in (False, True))
+    here = train_on(module, tmp_path / "here", lambda N: Skirmish(N, general=True), here)
+    with elsewhere(module):
+        there = train_on(module, tmp_path / "there", lambda N: Skirmish(N, general=True), there)
+    assert there.status == 0 and differences(here.checkpoint, there.checkpoint) == []
+    assert len(evaluations(there.folder)) == 1

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from helpers import SCRIPTS, assert_same_training, differences, evaluations, in_double, leaves, load, scalars
 from reference import Reference, Step
 
@@ -366,6 +367,20 @@ def test_resuming_goes_on_with_new_episodes(train, script):
     obs = normalizer(torch.as_tensor(played.record[0].seen["obs"]))
     actions, _ = script.act(script.joint_policies(actors), obs)
     np.testing.assert_array_equal(played.record[0].actions, actions)
+
+
+def test_training_on_a_gpu(script, train):
+    """Pretended: nothing there meets a tensor of the CPU, and the numbers are the CPU's, also after --resume."""
+    options = {"total_timesteps": 10, "update_epochs": 2}
+    here = train("here", **options)
+    with elsewhere(script):
+        there = train("there", cuda=True, **options)
+    assert there.status == 0 and differences(here.checkpoint, there.checkpoint) == []
+    assert [e["returns"] for e in evaluations(here.folder)] == [e["returns"] for e in evaluations(there.folder)] != []
+    here = train("here", argv=["--resume", str(here.folder), "--total-timesteps", "30"])
+    with elsewhere(script):
+        there = train("there", argv=["--resume", str(there.folder), "--total-timesteps", "30"])
+    assert there.args.cuda and differences(here.checkpoint, there.checkpoint) == []
 
 
 def test_resuming_twice_is_the_same(train):

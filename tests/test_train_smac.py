@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from helpers import (
     LARGE,
     SMAC_SCRIPTS,
@@ -86,6 +87,21 @@ def test_training_is_the_algorithm_in_plain_loops(script, train, options):
 def reference_of(run, script):
     networks = [[run.initial[name]] * Skirmish.n for name in ("actor", "critic")]
     return Reference(script.__name__.split("_")[0], *networks, run.args)
+
+
+def test_training_on_a_gpu(script, train):
+    """Pretended: nothing there meets a tensor of the CPU, and the numbers are the CPU's, also after --resume."""
+    options = {"total_timesteps": 10, "update_epochs": 2, "crashes": CRASHES}
+    here = train("here", **options)
+    with elsewhere(script):
+        there = train("there", cuda=True, **options)
+    assert there.status == 0 and differences(here.checkpoint, there.checkpoint) == []
+    scores = [[e["returns"] for e in evaluations(run.folder)] for run in (here, there)]
+    assert scores[0] == scores[1] != []
+    here = train("here", argv=["--resume", str(here.folder), "--total-timesteps", "30"])
+    with elsewhere(script):
+        there = train("there", argv=["--resume", str(there.folder), "--total-timesteps", "30"])
+    assert there.args.cuda and differences(here.checkpoint, there.checkpoint) == []
 
 
 def test_actor_and_critic_are_as_deep_as_asked(train):
