@@ -99,7 +99,7 @@ class Settings:
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one"""
     cumulative_blocks: bool = False
-    """with shared parameters every update trains earlier blocks again (authors' scripts; slower learning on MPE)"""
+    """with shared parameters every update trains earlier blocks again (authors' scripts; on MPE it learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
