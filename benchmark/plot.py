@@ -17,7 +17,8 @@ paper's do.
 
 The score of a run is the median of its last ten evaluations, a table's cell the median (standard deviation, n - 1 in
 the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified bootstrap intervals
-(rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean.
+(rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean. Runs on Football have the
+paper's Table 3 besides.
 """
 
 import collections
@@ -80,6 +81,8 @@ class Args:
 
 METRICS = {"win_rate": "greedy win rate", "episodic_return": "greedy episodic return"}
 ORDERS = {"rank": "rank by E|A|, 1 is the largest", "position": "place in the order"}
+COUNTED = ("assist", "goal", "lost", "pass", "attempts")  # by episode, on Football
+BEHAVIOUR = ("Assist", "Goal", "Lost", "Pass", "Pass Rate, %")
 GRID_POINTS = 200
 # Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
@@ -540,6 +543,32 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
     return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y"], rows)
 
 
+def behaviour(run: Run) -> tuple[float, ...] | None:
+    """Table 3's metrics over the episodes of the last ten evaluations: means by episode, and the passes that arrived in
+    per cent of those tried, NaN if there were none. None where they are not counted."""
+    last = run.records[-10:]
+    if not all(set(COUNTED) <= record.keys() for record in last):
+        return None
+    assists, goals, lost, passes, attempts = (np.mean([x for r in last for x in r[name]]) for name in COUNTED)
+    return assists, goals, lost, passes, float(100 * passes / attempts) if attempts else math.nan
+
+
+def behaviour_table(runs: Runs) -> str:
+    """Mean (standard deviation) over the seeds, for the pass rate over those that tried; nothing where none counts."""
+    names, rows = algorithms_of(runs), []
+    for task, by in runs.items():
+        found = {name: [behaviour(run) for run in some] for name, some in by.items()}
+        found = {name: some for name, some in found.items() if None not in some}
+        for k, metric in enumerate(BEHAVIOUR if found else ()):
+            row, digits = [task, metric], 1 if "%" in metric else 2
+            for name in names:
+                values = [numbers[k] for numbers in found.get(name, []) if math.isfinite(numbers[k])]
+                spread = f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "one seed"
+                row.append(f"{np.mean(values):.{digits}f} ({spread})" if values else "")
+            rows.append(row)
+    return markdown(["task", "metric", *names], rows) if rows else ""
+
+
 def improvements(runs: Runs, metrics: dict[str, str], args: Args) -> list[tuple[str, str, float, float, float]]:
     """(X, Y, P(X > Y), its interval) for every pair of algorithms; over tasks it is the mean of the tasks."""
     matrices, found = score_matrices(runs, metrics), []
@@ -744,6 +773,11 @@ def main(args: Args):
             "Area under the learning curve (mean over the evaluations that all have), paired by seed, [95% interval]"
         )
         parts += [f"{heading}{unit}:", area_table(runs, metrics, args)]
+    if table := behaviour_table(runs):
+        heading = (
+            "Behaviour (Table 3) in the episodes of the last ten evaluations, mean (standard deviation) over seeds"
+        )
+        parts += [f"{heading}; pass rate in per cent:", table]
     if args.improvement:
         if len(algorithms_of(runs)) < 2:
             usage_error("--improvement", "needs two algorithms")

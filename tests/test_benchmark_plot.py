@@ -47,6 +47,33 @@ def test_paper_table(tmp_path):
     assert first == ["t", "a2po_smac", "1, 2, 3", "1000, 1000, 1000", "0.5, 1.0, 0.75", "None, 100, 100"]
 
 
+def write_match(path, *evaluations):
+    """A Football run; of each evaluation a list for each of assist, goal, lost, pass, attempts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [dict(zip(plot.COUNTED, episodes, strict=True)) for episodes in evaluations]
+    lines = [json.dumps({"step": k, "win_rate": 0.5} | record) for k, record in enumerate(records)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_behaviour_is_table_3(tmp_path):
+    """Of the last ten evaluations; a run that tries no pass has no pass rate; no other benchmark has the table."""
+    old = [[9, 9], [9, 9], [9, 9], [9, 9], [9, 9]]
+    new = [[0, 1], [1, 2], [2, 3], [1, 2], [4, 8]]
+    write_match(tmp_path / "t" / "a2po_grf__1.jsonl", old, *[new] * 9, [[2, 3], [1, 2], [2, 3], [7, 0], [8, 0]])
+    write_match(tmp_path / "t" / "a2po_grf__2.jsonl", [[0, 0], [0, 0], [1, 1], [0, 0], [0, 0]])
+    write_match(tmp_path / "t" / "mappo_grf__1.jsonl", [[0, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
+    write_run(tmp_path / "u" / "a2po_smac__1.jsonl", [0.5] * 10)
+    header, *rows = cells(plot.behaviour_table(plot.read([tmp_path])))
+    assert header == ["task", "metric", "a2po_grf", "mappo_grf", "a2po_smac"]
+    assists, passes, attempts = (9 + 5) / 20, (9 * 3 + 7) / 20, (9 * 12 + 8) / 20
+    assert rows[0] == ["t", "Assist", f"{assists / 2:.2f} ({assists / 2**0.5:.2f})", "0.00 (one seed)", ""]
+    assert rows[1] == ["t", "Goal", f"0.75 ({1.5 / 2**0.5:.2f})", "0.50 (one seed)", ""]
+    assert rows[2] == ["t", "Lost", f"1.75 ({1.5 / 2**0.5:.2f})", "1.00 (one seed)", ""]
+    assert rows[3][:3] == ["t", "Pass", f"{passes / 2:.2f} ({passes / 2**0.5:.2f})"]
+    assert rows[4] == ["t", "Pass Rate, %", f"{100 * passes / attempts:.1f} (one seed)", "", ""] and len(rows) == 5
+    assert plot.behaviour_table(plot.read([tmp_path / "u"])) == ""
+
+
 def test_returns_have_the_digits_that_they_need():
     assert [plot.number(x, "episodic_return") for x in (1234.56, -12.345, 0.1234)] == ["1235", "-12.3", "0.12"]
 
