@@ -5,7 +5,9 @@
 
 import difflib
 import importlib
+import json
 import re
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -16,7 +18,7 @@ UPDATE = re.compile(r" *# -+ update\n(.*?)(?= *# -+ log, evaluate, save\n)", re.
 DIFF = re.compile(r"(<!-- update diff -->\n```diff\n)(?:(?!```).*\n)*(```\n)")
 # TensorBoard's, tyro's, pip's, and those of benchmark/.
 OTHER_OPTIONS = set("logdir help no-build-isolation out real scripts options iterations warmup".split())
-OTHER_OPTIONS |= set("seconds turns reference reference-label".split())
+OTHER_OPTIONS |= set("seconds turns reference reference-label smax algorithms".split())
 # [`name`](script.py#L1) points to a definition, [`some text`](script.py#L1) to the one line that holds this text.
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")
 
@@ -82,12 +84,9 @@ def test_sections():
     """What a reader looks for is there, in 300 lines, and the details are numbered."""
     readme = README.read_text()
     found = re.findall(r"^## (.*)$", readme, re.MULTILINE)
-    wanted = ["Contents", "Set-up", "A first run", "It learns", "From the paper to the code"]
-    wanted += ["From MAPPO to A2PO, step by step", "Implementation details"]
-    assert found == [*wanted, "SMAC", "MPE", "Google Research Football", "Multi-agent MuJoCo", "Limits"]
-    contents = readme[readme.index("\n## Contents") : readme.index("\n## Set-up")]
-    anchors = {name: re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in found[1:]}
-    assert dict(re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", contents)) == anchors
+    wanted = ["Set-up", "A first run", "It learns", "From the paper to the code", "From MAPPO to A2PO, step by step"]
+    wanted += ["Implementation details", "Something of your own", "SMAC", "MPE", "Google Research Football"]
+    assert found == [*wanted, "Multi-agent MuJoCo", "Limits"]
     details = readme[readme.index("\n## Implementation details") :]
     numbers = [int(number) for number in re.findall(r"^(\d+)\. ", details, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 37
@@ -129,6 +128,28 @@ def test_every_script_is_in_the_matrix():
 def test_linked_files_exist():
     links = re.findall(r"\]\(([^)#]+?)(?:#L?\w+)?\)", README.read_text())
     assert links and not [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+
+
+def test_an_environment_of_your_own(tmp_path):
+    """tests/own.py in a copy of a2po_mpe.py, as the README says: it trains, is learned and evaluated."""
+    own, script = (ROOT / "tests" / "own.py").read_text(), (ROOT / "a2po_mpe.py").read_text()
+    begin, end = script.index("class Navigation:"), script.index("class Share:")
+    script = script[:begin] + own[own.index("class Meeting:") :] + "\n\n" + script[end:]
+    call = "functools.partial(Navigation, args.n_agents, args.local_ratio)"
+    assert script.count(call) == 1
+    (tmp_path / "a2po_meeting.py").write_text(script.replace(call, "functools.partial(Meeting, args.n_agents)"))
+
+    def run(words):
+        command = [sys.executable, "a2po_meeting.py", *words.split(), "--torch-threads", "1", "--num-workers", "1"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("--simulator mpe2 --total-timesteps 8000 --eval-every 8000 --learning-rate 1e-3")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "greedy episodes: return" in run(f"--eval-only --checkpoint {folder / 'checkpoint.pt'}")
+    last = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
+    assert last["episodic_return"] > 2 * 25 * 3 / 9, "twice what random steps are paid"
 
 
 if __name__ == "__main__":
