@@ -640,9 +640,9 @@ class StarCraft2:
     What goes wrong with the game is an error here; the worker ends, and another one takes its place.
     """
 
-    def __init__(self, map_name: str, seed: int, build: int = 0):
+    def __init__(self, map_name: str, seed: int, build: int = 0, stream: int = 0):
         self.map_name, self.generated = map_name, re.fullmatch(SMACV2_MAP, map_name)
-        self.seed, self.build, self.made = seed, build, 0
+        self.seed, self.build, self.stream, self.made = seed, build, stream, 0
         self.game = self._build()
         sizes = self.game.get_env_info()
         n, n_actions = sizes["n_agents"], sizes["n_actions"]
@@ -655,7 +655,7 @@ class StarCraft2:
 
         # smacv2 hands its seed to the game alone. Its draws of teams and positions are unseeded, so give it generators
         # of ours; a game that is made anew should not play the same episodes again.
-        seeds = np.random.SeedSequence((self.seed, self.build, self.made))
+        seeds = np.random.SeedSequence((self.seed, self.build, self.made, self.stream))
         seed = int(seeds.generate_state(1)[0])
         distributions.default_rng = lambda: np.random.default_rng(seeds.spawn(1)[0])
         starcraft2.random = random.Random(seed)
@@ -995,8 +995,10 @@ def make_envs(args: "Args") -> Episodes:
     print(f"simulator: {args.simulator} (StarCraft II: {find_starcraft2()[1]})")
     if args.simulator == "smax":
         return Episodes(SMAX(args.map, args.num_envs, args.seed))
-    # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
-    game = functools.partial(StarCraft2, args.map)
+    # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games. These cannot be
+    # saved: after --resume a stream of other episodes follows.
+    iteration = read_checkpoint(*saved_in(args))["progress"]["iteration"] if args.resume else 0
+    game = functools.partial(StarCraft2, args.map, stream=iteration)
     return Episodes(Games(game, args.num_envs, 1000 * args.seed, args.num_workers, args.worker_timeout))
 
 

@@ -51,7 +51,7 @@ SECTIONS += ["environments", "the run"]
 STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
-    "a2po_smac": (470, 1481),
+    "a2po_smac": (470, 1483),
     "a2po_mpe": (452, 1359),
     "a2po_mamujoco": (446, 1075),
     "a2po_grf": (501, 1802),

@@ -204,8 +204,8 @@ def test_close(double):
 
 
 def test_seeds(double):
-    def seeds(seed, build=0, reset_seed=None):
-        game = StarCraft2("3m", seed, build)
+    def seeds(seed, build=0, reset_seed=None, stream=0):
+        game = StarCraft2("3m", seed, build, stream)
         game.reset(seed=reset_seed)
         distributions = sys.modules["smacv2.env.starcraft2.distributions"]
         deck = list(range(20))
@@ -217,6 +217,7 @@ def test_seeds(double):
     assert seeds(1) == seeds(1) and seeds(1)[0] != seeds(2)[0] and seeds(1)[2] != seeds(2)[2]
     assert seeds(1, 1) == seeds(1, 1) and seeds(1, 1)[0] != seeds(1)[0], "another worker plays other episodes"
     assert seeds(1, 0, 5) == seeds(2, 1, 5) != seeds(1, 0, 6)
+    assert all(a != b for a, b in zip(seeds(1), seeds(1, stream=2), strict=True)), "a resumed run plays other episodes"
     game = StarCraft2("3m", seed=1)
     game.reset(seed=5)
     first = double.made[-1]
@@ -362,8 +363,10 @@ def test_training_on_the_double(double, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert lines and all(len(line["won"]) == len(line["returns"]) == 3 for line in lines)
     assert lines[-1]["step"] >= 60
-    double.plan = []
+    double.plan, streams, made = [], set(), script.StarCraft2._build
+    monkeypatch.setattr(script.StarCraft2, "_build", lambda game: streams.add(game.stream) or made(game))
     train(tmp_path, monkeypatch, total_timesteps=100, resume=str(run))
+    assert streams == {checkpoint["progress"]["iteration"]} != {0}, "other episodes than those of the beginning"
     assert json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["step"] >= 100
 
 
