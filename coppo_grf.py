@@ -179,7 +179,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n), a dead agent's, untrained, replaced by its living team-mates' mean: their return is the same."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 

@@ -172,7 +172,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n), a dead agent's, untrained, replaced by its living team-mates' mean: their return is the same."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -507,10 +507,12 @@ class JaxMARL(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, n_agents: int, local_ratio: float, num_envs: int, seed: int):
+        from unittest import mock
+
         import jax
         import jax.numpy as jnp
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it has a notice of environments that it does not find
+        with mock.patch("builtins.print"):  # it has a notice of environments that it does not find
             from jaxmarl.environments.mpe import SimpleSpreadMPE
 
         # Its landmarks are 3 unless told otherwise, and it ends an episode a step after max_steps.

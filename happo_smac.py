@@ -191,7 +191,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n), a dead agent's, untrained, replaced by its living team-mates' mean: their return is the same."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -569,10 +569,12 @@ class SMAX(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, map_name: str, num_envs: int, seed: int):
+        from unittest import mock
+
         import jax
         import jax.numpy as jnp
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it has a notice of environments that it does not find
+        with mock.patch("builtins.print"):  # it has a notice of environments that it does not find
             from jaxmarl.environments.smax import HeuristicEnemySMAX, Scenario, map_name_to_scenario
 
         if map_name == "8m_vs_9m":

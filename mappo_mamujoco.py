@@ -465,7 +465,9 @@ OTHER_PARTITIONS = {
 
 def agent_joints(scenario: str, partition: str) -> list[list[int]]:
     """For each agent the indices of its joints in the action of the whole robot."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it has a notice of other robots
+    from unittest import mock
+
+    with mock.patch("builtins.print"):  # it has a notice of other robots
         from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 
     joints = {joint.label: joint.act_ids for joint in get_parts_and_edges(scenario, None)[0][0]}

@@ -321,3 +321,15 @@ def test_settings_of_the_small_game():
     """Every name in SMALL is an option of some script, so that none is dropped unseen."""
     fields = {field.name for name in SCRIPTS for field in dataclasses.fields(load(name).Args)}
     assert SMALL.keys() <= fields
+
+
+QUIET = [("a2po_smac", "simulator='smax'", 1), ("a2po_mpe", "simulator='jaxmarl'", 0), ("a2po_mamujoco", "", 0)]
+
+
+@pytest.mark.parametrize(("name", "options", "lines"), QUIET)
+def test_simulators_start_without_notices(name, options, lines):
+    """Of theirs: JaxMARL tells what it does not find, Gymnasium-Robotics of other robots. In a fresh process."""
+    pytest.importorskip("jaxmarl" if lines or options else "envpool")
+    code = f"import {name} as s; s.make_envs(s.complete_args(s.Args(num_envs=2, {options}))).close()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == lines, done
