@@ -387,10 +387,11 @@ def test_what_games_have_started_ends_with_them(games, tmp_path, how):
 
 def test_ctrl_c_is_left_to_the_main_process(games):
     """Workers have sessions of their own, which the terminal's signals do not reach."""
+    handler = signal.getsignal(signal.SIGINT)  # ignored, if the tests were started in the background
     envs = games(2, 2)
     envs.reset()
     assert all(os.getsid(p.pid) == p.pid != os.getsid(0) for p in envs.processes)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_workers_leave_with_the_main_process(tmp_path):
