@@ -1064,7 +1064,7 @@ def task_name(args: Args) -> str:
 
 def usage_error(option: str, value, allowed: str):
     """One line that names the option, the value and what is allowed; exit status 2."""
-    print(f"{Path(__file__).name}: error: {option} {value}: {allowed}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {f'{option} {value}'.rstrip()}: {allowed}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1364,17 +1364,44 @@ def saved_in(args: Args) -> tuple[Path, str]:
     return Path(args.resume, "checkpoint.pt"), "--resume"
 
 
+def checked_words(argv: list[str]) -> list[str]:
+    """The command line for tyro, with 1e6 written out. What tyro would refuse on several lines ends here in one."""
+    words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
+    kinds = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
+    kinds |= {f"--no-{option[2:]}": bool for option, kind in kinds.items() if kind is bool}
+    checked = []
+    while words:
+        word = words.pop(0)
+        option = word.replace("_", "-")
+        if option not in (*kinds, "--help", "-h"):
+            meant = difflib.get_close_matches(option, kinds, 1)
+            usage_error("option", word, "is none of those in --help" + (f"; did you mean {meant[0]}?" if meant else ""))
+        value = words.pop(0) if words and not words[0].startswith("--") else None
+        kind = kinds.get(option, bool)
+        choices = [choice for choice in getattr(kind, "__args__", ()) if type(choice) is str]
+        if kind is bool and value is not None:
+            switch = option.replace("--no-", "--")
+            usage_error(option, value, f"is a switch, {switch} or --no-{switch[2:]}")
+        if kind is not bool and value is None:
+            usage_error(option, "", "needs a value")
+        if choices and value not in choices:
+            usage_error(option, value, one_of(value, choices))
+        if kind in (int, int | None, float, float | None) and value != "None":
+            whole = kind in (int, int | None)
+            try:
+                number = float(value)
+            except ValueError:
+                number = None
+            if number is None or (whole and not number.is_integer()):
+                usage_error(option, value, f"must be a {'whole ' if whole else ''}number")
+            value = str(int(number)) if whole else value
+        checked += [option] if value is None else [option, value]
+    return checked
+
+
 def parse_args(argv=None) -> Args:
     """The command line; with --resume or --eval-only the run's own settings take the place of the defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = [word for text in argv for word in (text.split("=", 1) if text.startswith("--") else [text])]
-    types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(Args)}
-    for place, option in enumerate(words[:-1], start=1):
-        kind, value = types.get(option.replace("_", "-")), words[place]
-        if kind is bool and value.lower() in ("true", "false"):
-            usage_error(option, value, f"is a switch, {option} or --no-{option[2:]}")
-        if kind in (int, int | None) and re.fullmatch(r"\d+\.?\d*e\+?\d+", value.lower()) and float(value).is_integer():
-            words[place] = str(int(float(value)))  # 1e6
+    words = checked_words(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words)
     path, option = saved_in(args)
     if not (args.resume or args.eval_only):
