@@ -246,17 +246,25 @@ def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
                     continue
                 of_it = variants.get(algorithm, {"": ()}) if variants is CORRECTIONS else variants
                 for variant, variant_options in of_it.items():
-                    options = (*task_choice, "--seed", str(seed), *variant_options, *split_options(args.options))
+                    chosen = (*task_choice, "--seed", str(seed), *variant_options)
+                    options = (*chosen, *further_options(args, chosen))
                     name = f"{task}-smax" if args.smax else task
                     jobs.append(Job(script, name, variant, seed, options, args.total_timesteps))
     return jobs, sorted(set(missing))
 
 
-def split_options(text: str) -> list[str]:
+def further_options(args: Args, chosen: tuple[str, ...]) -> list[str]:
+    """The words of --options, which may not set again what the matrix or another option has chosen for a run."""
     try:
-        return shlex.split(text)
+        words = shlex.split(args.options)
     except ValueError as error:
-        usage_error(f"--options {text}", str(error).lower())
+        usage_error(f"--options {args.options}", str(error).lower())
+    names = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")]
+    taken = [word.replace("--no-", "--") for word in chosen]
+    for name in names:
+        if name in taken:
+            usage_error(f"--options {args.options}", f"{name} is set for every run by {args.matrix} itself")
+    return words
 
 
 @functools.cache
@@ -285,8 +293,6 @@ def settings(job: Job):
         lines = [line.strip("│╭╰─╮╯ ") for line in output.getvalue().splitlines()]
         reason = next((line for line in lines if line and "Parsing error" not in line), "refused")
         usage_error(f"{job.script.name} {shlex.join(job.options)}", reason)
-    if args.seed != job.seed:
-        usage_error(f"{job.script.name} {shlex.join(job.options)}", "has two seeds; use --seeds")
     return args
 
 
