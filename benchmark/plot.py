@@ -13,7 +13,7 @@ Pooled over seeds is what has the same settings, but for those that do not chang
 of an algorithm is its script or --exp-name; the paper's ablations -no-preopc, -vtrace, -random ...; the settings in
 which runs of one task differ; and what was changed when a run was resumed. A run without settings is taken as it is
 called, and a setting that an older one does not have tells nothing apart. From task to task settings may differ, as the
-paper's do.
+paper's do. --methods puts the scripts of several benchmarks side by side, whose areas are then compared over all tasks.
 
 The score of a run is the median of its last ten evaluations, a table's cell the median (standard deviation, n - 1 in
 the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified bootstrap intervals
@@ -61,6 +61,8 @@ class Args:
     """only these tasks, in this order"""
     algorithms: tuple[str, ...] = ()
     """only these, in this order: a2po_smac or a2po_smac-no-preopc, or with settings, 'a2po_smac gae_lambda=0.91'"""
+    methods: bool = False
+    """call scripts by their method, so that a2po_smac and a2po_mpe are both a2po, to compare over several benchmarks"""
     metric: Literal["auto", "win_rate", "episodic_return"] = "auto"
     """what counts; auto takes the win rate of tasks that have one, else the return"""
     statistic: Literal["mean", "iqm"] = "mean"
@@ -266,8 +268,13 @@ def find_files(path: Path) -> list[Path]:
     return files
 
 
-def read(paths, tasks=(), algorithms=()) -> Runs:
-    """Task -> algorithm -> its runs by seed."""
+def method(name: str) -> str:
+    """a2po-no-preopc for a2po_smac-no-preopc."""
+    return re.sub(r"_(smac|mamujoco|mpe|grf)\b", "", name, count=1)
+
+
+def read(paths, tasks=(), algorithms=(), methods=False) -> Runs:
+    """Task -> algorithm (or with `methods` its name without the benchmark) -> its runs by seed."""
     files = list(dict.fromkeys(file for path in paths for file in find_files(path)))
     every = list(filter(None, map(read_run, files)))
     if not every:
@@ -275,6 +282,8 @@ def read(paths, tasks=(), algorithms=()) -> Runs:
     check_names("--tasks", tasks, {run.task for run in every})
     every = [run for run in every if not tasks or run.task in tasks]
     name_groups(every)
+    for run in every if methods else ():
+        run.name, run.algorithm = method(run.name), method(run.algorithm)
     check_names("--algorithms", algorithms, {name for run in every for name in (run.algorithm, run.name)})
     found = {}
     for run in every:
@@ -438,6 +447,18 @@ def shared_tasks(runs: Runs) -> list[str]:
     return tasks
 
 
+def scales(runs: Runs, metrics: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Task -> (low, span): over tasks, returns become (return - low) / span, within 0 and 1 by the task's lowest and
+    highest evaluation (paper, Sec. 5.1); win rates stay as they are."""
+    found = {}
+    for task, by in runs.items():
+        values = np.concatenate([run.curve(metrics[task])[1] for some in by.values() for run in some])
+        found[task] = (0.0, 1.0)
+        if metrics[task] != "win_rate":
+            found[task] = float(values.min()), max(float(np.ptp(values)), 1e-12)
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------- tables
 def number(value: float, metric: str, digits: int = 1) -> str:
     """A win rate in per cent, a return with three digits or more."""
@@ -523,23 +544,36 @@ def areas(runs: list[Run], metric: str, end: float) -> dict[int, float]:
 
 def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
     """The areas of every pair of algorithms over the seeds that both have, up to the step that all runs of the task
-    have reached; and the mean of the differences by seed, with its 95% bootstrap interval over the seeds."""
-    rows = []
+    have reached; and the mean of the differences by seed, with its 95% bootstrap interval over the seeds. Then the same
+    over all tasks that both have, in per cent of the task's scale, where the seeds of each task are drawn for
+    themselves."""
+    rows, scale, pairs = [], scales(runs, metrics), collections.defaultdict(dict)
+
+    def row(task, x, y, seeds, differences, means, metric):
+        """differences (seeds, tasks)"""
+        interval = "one seed"
+        if len(differences) > 1:
+            ends = intervals(differences, lambda z: middle_of(z, "mean"), args)
+            interval = ", ".join(number(float(side[0]), metric, 2) for side in ends)
+        cells = [number(float(value), metric, 2) for value in (*means, differences.mean())]
+        rows.append([task, x, y, seeds, *cells[:2], f"{cells[2]} [{interval}]"])
+
     for task, by in runs.items():
         end = 1.005 * min(run.records[-1]["step"] for some in by.values() for run in some)  # steps come in iterations
         for x, y in itertools.combinations(by, 2):
-            first, second = (areas(by[name], metrics[task], end) for name in (x, y))
-            seeds = sorted(first.keys() & second.keys())
-            if not seeds:
-                continue
-            differences = np.array([first[seed] - second[seed] for seed in seeds])
-            interval = "one seed"
-            if len(seeds) > 1:
-                ends = intervals(differences[:, None], lambda z: middle_of(z, "mean"), args)
-                interval = ", ".join(number(float(side[0]), metrics[task], 2) for side in ends)
-            means = [np.mean([one[seed] for seed in seeds]) for one in (first, second)]
-            cells = [number(float(value), metrics[task], 2) for value in (*means, differences.mean())]
-            rows.append([task, x, y, ", ".join(map(str, seeds)), *cells[:2], f"{cells[2]} [{interval}]"])
+            of_x, of_y = (areas(by[name], metrics[task], end) for name in (x, y))
+            seeds = sorted(of_x.keys() & of_y.keys())
+            if seeds:
+                both = np.array([[of_x[seed], of_y[seed]] for seed in seeds])
+                differences, text = both[:, :1] - both[:, 1:], ", ".join(map(str, seeds))
+                row(task, x, y, text, differences, both.mean(0), metrics[task])
+                pairs[x, y][task] = (both - scale[task][0]) / scale[task][1]
+    for (x, y), by_task in pairs.items():
+        if len(by_task) > 1:
+            fewest = min(map(len, by_task.values()))
+            both = np.stack([of_task[:fewest] for of_task in by_task.values()], 1)  # (seeds, tasks, 2)
+            text = f"{len(both)} of each"
+            row(f"{len(by_task)} tasks", x, y, text, both[..., 0] - both[..., 1], both.mean((0, 1)), "win_rate")
     return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y"], rows)
 
 
@@ -673,13 +707,13 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
 
 
 def plot_efficiency(runs: Runs, metrics: dict[str, str], args: Args):
-    """Returns of several tasks are brought to 0..1 by their task's lowest and highest evaluation (paper, Sec. 5.1)."""
+    """Returns of several tasks are brought to 0..1, see `scales`."""
     tasks, names, plt = shared_tasks(runs), algorithms_of(runs), pyplot()
     curves = {(t, a): [run.curve(metrics[t]) for run in runs[t][a]] for t in tasks for a in names}
     scaled = [task for task in tasks if metrics[task] != "win_rate"] if len(tasks) > 1 else []
+    scale = scales(runs, metrics)
     for task in scaled:
-        values = np.concatenate([values for a in names for _, values in curves[task, a]])
-        low, span = values.min(), max(np.ptp(values), 1e-12)
+        low, span = scale[task]
         for a in names:
             curves[task, a] = [(steps, (values - low) / span) for steps, values in curves[task, a]]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -758,7 +792,7 @@ def check_args(args: Args):
 
 def main(args: Args):
     check_args(args)
-    runs = read(args.paths, args.tasks, args.algorithms)
+    runs = read(args.paths, args.tasks, args.algorithms, args.methods)
     if args.reference is not None and len(runs) > 1:
         usage_error(f"--reference {args.reference:g}", f"is for one task, not for {', '.join(runs)}")
     metrics = choose_metrics(runs, args.metric)
@@ -772,6 +806,8 @@ def main(args: Args):
         heading = (
             "Area under the learning curve (mean over the evaluations that all have), paired by seed, [95% interval]"
         )
+        if len(runs) > 1:
+            heading += "; over tasks in per cent, returns of 0 to 100 by the task's lowest and highest evaluation"
         parts += [f"{heading}{unit}:", area_table(runs, metrics, args)]
     if table := behaviour_table(runs):
         heading = (

@@ -120,6 +120,30 @@ def test_areas_are_paired_by_seed(tmp_path):
     assert row[-1] == "25.00 [one seed]"
 
 
+def test_areas_over_tasks_of_several_benchmarks(tmp_path):
+    """By method; a return on the scale from the task's lowest to its highest evaluation, a win rate as it is."""
+    pytest.importorskip("rliable")
+    for seed, (x, y) in {1: (0.5, 0.25), 2: (0.75, 0.5)}.items():
+        write_run(tmp_path / "won" / f"a2po_smac-no-preopc__{seed}.jsonl", [x, x])
+        write_run(tmp_path / "won" / f"mappo_smac__{seed}.jsonl", [y, y])
+    for seed, (x, y) in {1: ([-10.0, 0.0], [10.0, -10.0]), 2: ([0.0, 30.0], [-10.0, 0.0]), 3: ([9.0], [9.0])}.items():
+        write_run(tmp_path / "paid" / f"a2po_mpe-no-preopc__{seed}.jsonl", x, metric="episodic_return")
+        write_run(tmp_path / "paid" / f"mappo_mpe__{seed}.jsonl", y, metric="episodic_return")
+    assert plot.method("a2po_grf-no-preopc gae_lambda=0.9") == "a2po-no-preopc gae_lambda=0.9"
+    assert plot.method("idea of_mpe_s") == "idea of_mpe_s"
+    runs = plot.read([tmp_path], methods=True)
+    metrics = plot.choose_metrics(runs, "auto")
+    assert plot.scales(runs, metrics) == {"won": (0.0, 1.0), "paid": (-10.0, 40.0)}
+    last = cells(plot.area_table(runs, metrics, plot.Args(paths=())))[-1]
+    # Up to the first step alone, which all runs of the task have: -10 and 10, 0 and -10, of seeds 1 and 2, on the scale
+    # 0 and .5, .25 and 0. With win rates of .5 and .25, .75 and .5, the means are .375 and .3125. The extreme resamples
+    # take the same seed twice: -.5 and .25 on one task, .25 on the other.
+    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each"]
+    assert last[4:] == ["37.50", "31.25", "6.25 [-12.50, 25.00]"]
+    runs = plot.read([tmp_path])
+    assert len(cells(plot.area_table(runs, metrics, plot.Args(paths=())))) == 3, "a row per task: no pair is in both"
+
+
 def test_last_line_that_was_cut_off(tmp_path, capsys):
     path = write_run(tmp_path / "t" / "a__1.jsonl", [0.5, 0.75])
     path.write_text(path.read_text() + '{"step": 300, "win_')
