@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
 
 
 @dataclass
@@ -911,6 +913,6 @@ def markdown(summary):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse_args(Args, __doc__))
     except KeyboardInterrupt:
         sys.exit(130)

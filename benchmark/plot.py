@@ -39,6 +39,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
 from benchmark.run import FREE, NO_SETTINGS, RULES, count_orders, read_config, resumed_with, variant  # noqa: E402
 
 
@@ -839,6 +840,6 @@ def main(args: Args):
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse_args(Args, __doc__))
     except KeyboardInterrupt:
         sys.exit(130)

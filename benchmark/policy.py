@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
+
 PARTS = ("actor", "obs_normalizer")
 
 
@@ -62,4 +65,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

@@ -16,6 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import a2po_mpe  # noqa: E402
+from benchmark.cli import parse_args  # noqa: E402
 
 
 @dataclass
@@ -80,6 +81,6 @@ def main(args: Args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse_args(Args, __doc__))
     except KeyboardInterrupt:
         sys.exit(130)

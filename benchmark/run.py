@@ -47,6 +47,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 SMAC_MAPS = (  # Tables 2 and 5
     "MMM 3s_vs_5z 2c_vs_64zg 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 6h_vs_8z 3s5z_vs_3s6z MMM2 27m_vs_30m corridor"
@@ -757,6 +760,6 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
+        sys.exit(main(parse_args(Args, __doc__)))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -31,8 +31,10 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
-import tyro
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"rollout": "time/rollout_seconds", "update": "time/update_seconds", "steps_per_second": "charts/SPS"}
@@ -196,7 +198,6 @@ def synthetic_script(name: str, shape: dict):
 # ------------------------------------------------------------------------------------------------- one measurement
 def measure(job: dict) -> dict:
     """Run a script in this process and in this folder until it has done what `job` asks for: seconds by iteration."""
-    sys.path.insert(0, str(ROOT))
     if job["real"]:
         script, settings, n = importlib.import_module(job["script"]), {}, None
     else:
@@ -463,6 +464,6 @@ if __name__ == "__main__":
         Path("result.json").write_text(json.dumps(numbers))
     else:
         try:
-            main(tyro.cli(Args, description=__doc__))
+            main(parse_args(Args, __doc__))
         except KeyboardInterrupt:
             sys.exit(130)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import a2po_grf
+from benchmark.cli import parse_args  # noqa: E402
 
 
 @dataclass
@@ -173,6 +173,6 @@ def main(args: Args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse_args(Args, __doc__))
     except KeyboardInterrupt:
         sys.exit(130)

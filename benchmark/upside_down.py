@@ -17,6 +17,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
+
 EPISODES, STEPS, TORSO_ANGLE = 4, 1000, 1
 
 
@@ -99,4 +101,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

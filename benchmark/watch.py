@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.cli import parse_args  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -467,7 +469,6 @@ def read(args: Args):
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail("--out", args.out, error.strerror)
-    sys.path.insert(0, str(ROOT))
     return checkpoint, importlib.import_module(name), BENCHMARKS[benchmark]
 
 
@@ -496,4 +497,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

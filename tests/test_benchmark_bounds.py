@@ -541,9 +541,8 @@ def test_improvement(study):
 def test_bad_input_is_one_line(options, word, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(bounds.importlib.util, "find_spec", lambda name: name)
-    args = bounds.tyro.cli(
-        bounds.Args, args=["--out", str(tmp_path), *(str(tmp_path / "file") if o == "FILE" else o for o in options)]
-    )
+    words = ["--out", str(tmp_path), *(str(tmp_path / "file") if o == "FILE" else o for o in options)]
+    args = bounds.parse_args(bounds.Args, "", words)
     with pytest.raises(SystemExit) as status:
         bounds.main(args)
     said = capsys.readouterr()

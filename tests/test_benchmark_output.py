@@ -1,11 +1,12 @@
-"""The programs of benchmark/: what they cannot write is one line, before they have worked for it."""
+"""The programs of benchmark/: a wrong command line is one line, and so is what they cannot write, before they have
+worked for it."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, upside_down
+from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, upside_down, watch
 
 WORK = {  # what begins each program's work
     run: ("find_run", "run_all"),
@@ -39,6 +40,38 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "program, words, text",
+    [
+        (run, "table3", "invalid choice 'table3' for argument 'matrix'. Expected one of ('table2', 'figure3',"),
+        (run, "", "Missing from"),
+        (run, "table2 --total-timesteps x", "error: parsing --total-timesteps: no type matching {None}|INT could be"),
+        (plot, "runs --reps 1.5", "error: parsing --reps: invalid literal for int() with base 10: '1.5'; see --help"),
+        (plot, "runs --metric wins", "invalid choice 'wins' for argument '--metric'. Expected one of ('auto', "),
+        (speed, "--out", "Missing value for argument '--out'. Expected 1 values; see --help"),
+        (bounds, "--out x --gamma", "Unrecognized options: --gamma; see"),
+        (random_mpe, "", "PATH JSON file to write"),
+        (policy, "one", "PATH file to write (required)"),
+        (speed_grf, "--nonsense 3", "Unrecognized options: --nonsense, 3; see --help"),
+        (upside_down, "--reps", "Unrecognized options: --reps"),
+        (watch, "--out x.gif", "--checkpoint PATH"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_is_one_line(program, words, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.parse_args(program.Args, program.__doc__, words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"{Path(program.__file__).name}: error: ") and text in line, line
+
+
+def test_help_is_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.parse_args(run.Args, "What it does.", ["--help"])
+    told = capsys.readouterr()
+    assert stop.value.code == 0 and "What it does." in told.out and "--seeds" in told.out and not told.err
+
+
 @pytest.mark.parametrize("program, argv", CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else x.__name__)
 def test_it_is_told_before_the_work(program, argv, tmp_path, monkeypatch, capsys):
     (tmp_path / "FILE").write_text("")  # as root, no permission is refused; nothing can be below a file
@@ -50,7 +83,7 @@ def test_it_is_told_before_the_work(program, argv, tmp_path, monkeypatch, capsys
     for name in WORK.get(program, ()):
         monkeypatch.setattr(program, name, lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(SystemExit) as stop:
-        program.main(program.tyro.cli(program.Args, args=argv))
+        program.main(program.parse_args(program.Args, "", argv))
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "cannot be written: " in line
     assert line.startswith(f"{Path(program.__file__).name}: error: ")

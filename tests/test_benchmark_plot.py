@@ -205,7 +205,7 @@ def test_bad_input_is_one_line(tmp_path, options, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty" if options == ["."] else tmp_path)
     with pytest.raises(SystemExit) as stop:
-        plot.main(plot.tyro.cli(plot.Args, args=options))
+        plot.main(plot.parse_args(plot.Args, "", options))
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("plot.py: error: ")
 
@@ -486,7 +486,7 @@ def test_figures(tmp_path, capsys):
     options = ["--out", "c.png", "c.svg", "--efficiency", "e.svg", "--improvement", "i.svg", "--table", "t.md"]
     options = [str(tmp_path / o) if "." in o else o for o in options]
     reference = ["--reference", "0.2", "--reference-label", "random policy", "--title", "T", "--reps", "20"]
-    plot.main(plot.tyro.cli(plot.Args, args=[str(tmp_path / "t"), *options, *reference]))
+    plot.main(plot.parse_args(plot.Args, "", [str(tmp_path / "t"), *options, *reference]))
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "c.svg").read_text()
     assert "mappo_smac (1 seed, no interval)" in svg and "random policy" in svg

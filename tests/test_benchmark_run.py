@@ -29,7 +29,7 @@ def test_nothing_heavy_is_imported():
 
 
 def jobs_of(*argv):
-    return run.make_jobs(run.tyro.cli(run.Args, args=list(argv)))
+    return run.make_jobs(run.parse_args(run.Args, "", list(argv)))
 
 
 def test_counts():
@@ -498,7 +498,7 @@ def test_collect_on_a_full_disk_is_one_line(fake, capsys):
 def test_dry_run_prints_what_is_missing(fake, capsys):
     argv = ["preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", "--total-timesteps", "200", "--dir", str(fake)]
     start(fake_jobs("--total-timesteps", "200")[0], fake)
-    assert run.main(run.tyro.cli(run.Args, args=[*argv, "--dry-run"])) == 0
+    assert run.main(run.parse_args(run.Args, "", [*argv, "--dry-run"])) == 0
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
     assert "--no-preopc" in line and "--torch-threads 1" in line
@@ -509,7 +509,7 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run.load(ROOT / "mappo_smac.py"), "find_starcraft2", lambda: (False, "no game"))
     run.settings.cache_clear()
     with pytest.raises(SystemExit) as stop:
-        run.main(run.tyro.cli(run.Args, args=["table2", "--algorithms", "mappo", "--dir", str(tmp_path)]))
+        run.main(run.parse_args(run.Args, "", ["table2", "--algorithms", "mappo", "--dir", str(tmp_path)]))
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("run.py: error: mappo_smac.py --map MMM") and "no game" in line
@@ -540,7 +540,7 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
 def test_bad_options_are_one_line(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run.main(run.tyro.cli(run.Args, args=argv))
+        run.main(run.parse_args(run.Args, "", argv))
     errors = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
     assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("run.py: error: ")
 

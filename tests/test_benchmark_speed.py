@@ -176,5 +176,5 @@ def test_speed_bad_input(options, message, tmp_path, capsys):
 )
 def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
     with pytest.raises(SystemExit) as stop:
-        speed_grf.check_args(speed_grf.tyro.cli(speed_grf.Args, args=options.split()))
+        speed_grf.check_args(speed_grf.parse_args(speed_grf.Args, "", options.split()))
     assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
