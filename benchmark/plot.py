@@ -547,7 +547,7 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
     """The areas of every pair of algorithms over the seeds that both have, up to the step that all runs of the task
     have reached; and the mean of the differences by seed, with its 95% bootstrap interval over the seeds. Then the same
     over all tasks that both have, in per cent of the task's scale, where the seeds of each task are drawn for
-    themselves."""
+    themselves, and how many runs of X have the larger area."""
     rows, scale, pairs = [], scales(runs, metrics), collections.defaultdict(dict)
 
     def row(task, x, y, seeds, differences, means, metric):
@@ -573,8 +573,9 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
         if len(by_task) > 1:
             fewest = min(map(len, by_task.values()))
             both = np.stack([of_task[:fewest] for of_task in by_task.values()], 1)  # (seeds, tasks, 2)
-            text = f"{len(both)} of each"
-            row(f"{len(by_task)} tasks", x, y, text, both[..., 0] - both[..., 1], both.mean((0, 1)), "win_rate")
+            differences = both[..., 0] - both[..., 1]
+            text = f"{len(both)} of each, X ahead in {(differences > 0).sum()} of {differences.size}"
+            row(f"{len(by_task)} tasks", x, y, text, differences, both.mean((0, 1)), "win_rate")
     return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y"], rows)
 
 

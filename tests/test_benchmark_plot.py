@@ -138,7 +138,7 @@ def test_areas_over_tasks_of_several_benchmarks(tmp_path):
     # Up to the first step alone, which all runs of the task have: -10 and 10, 0 and -10, of seeds 1 and 2, on the scale
     # 0 and .5, .25 and 0. With win rates of .5 and .25, .75 and .5, the means are .375 and .3125. The extreme resamples
     # take the same seed twice: -.5 and .25 on one task, .25 on the other.
-    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each"]
+    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each, X ahead in 3 of 4"]
     assert last[4:] == ["37.50", "31.25", "6.25 [-12.50, 25.00]"]
     runs = plot.read([tmp_path])
     assert len(cells(plot.area_table(runs, metrics, plot.Args(paths=())))) == 3, "a row per task: no pair is in both"
