@@ -670,7 +670,8 @@ def test_two_machines_one_of_which_is_lost(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     (tmp_path / "benchmark").mkdir()
-    shutil.copy(ROOT / "benchmark" / "run.py", tmp_path / "benchmark")
+    for name in ("run.py", "cli.py"):
+        shutil.copy(ROOT / "benchmark" / name, tmp_path / "benchmark")
     (tmp_path / "a2po_smac.py").write_text(FAKE)
 
     def pids():

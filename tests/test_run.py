@@ -106,7 +106,7 @@ def test_exp_name(train):
 @pytest.mark.parametrize("name", ["a/b", "a__b", "", "a b"])
 def test_exp_names_that_would_break_folders(name, capsys):
     (line,) = left_with(a2po_smac, ["--map", "3m", "--exp-name", name], capsys)
-    assert f"--exp-name {name}" in line
+    assert f"{f'--exp-name {name}'.rstrip()}: must be" in line
 
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
