@@ -1427,7 +1427,7 @@ def checked_words(argv: list[str]) -> list[str]:
             usage_error(option, "", "needs a value")
         if choices and value not in choices:
             usage_error(option, value, one_of(value, choices))
-        if kind in (int, int | None, float, float | None) and value != "None":
+        if kind in (int, float) or (kind in (int | None, float | None) and value != "None"):
             whole = kind in (int, int | None)
             try:
                 number = float(value)

@@ -27,7 +27,7 @@ def first_part(box: str) -> str:
     words = []
     for line in box.splitlines()[1:]:
         text = re.sub(r"^[╰─+-]+[╯+]?$", "", line.strip("│| "))  # nothing is left of a rule
-        if words and (not text or text == "Got errors:"):
+        if words and not text:
             break
         words += text.split()
     return " ".join(words).removeprefix("Error ").rstrip(".")

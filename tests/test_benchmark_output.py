@@ -45,7 +45,7 @@ CASES = [
     [
         (run, "table3", "invalid choice 'table3' for argument 'matrix'. Expected one of ('table2', 'figure3',"),
         (run, "", "Missing from"),
-        (run, "table2 --total-timesteps x", "error: parsing --total-timesteps: no type matching {None}|INT could be"),
+        (run, "table2 --total-timesteps x", "{None}|INT could be instantiated from ['x']; see --help"),
         (plot, "runs --reps 1.5", "error: parsing --reps: invalid literal for int() with base 10: '1.5'; see --help"),
         (plot, "runs --metric wins", "invalid choice 'wins' for argument '--metric'. Expected one of ('auto', "),
         (speed, "--out", "Missing value for argument '--out'. Expected 1 values; see --help"),

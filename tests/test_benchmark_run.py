@@ -527,10 +527,6 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
         ["table2", "--seeds", "-4", "--tasks", "3s5z"],
         ["table2", "--options=--nonsense 3", "--tasks", "3s5z"],
         ["table2", "--options=--map '3s5z", "--tasks", "3s5z"],
-        ["table2", "--smax", "--options=--seed 9", "--tasks", "3s5z"],
-        ["table2", "--smax", "--options=--map=8m", "--tasks", "3s5z"],
-        ["figure14", "--smax", "--options=--gae_lambda 0.9", "--tasks", "3s5z"],
-        ["figure5", "--smax", "--options=--no-preopc", "--tasks", "3s5z"],
         ["table2", "--gpus-per-job", "1.5"],
         ["table2", "--gpus-per-job", "nan"],
         ["preopc", "--algorithms", "mappo"],
@@ -543,6 +539,24 @@ def test_bad_options_are_one_line(argv, capsys, monkeypatch, tmp_path):
         run.main(run.parse_args(run.Args, "", argv))
     errors = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
     assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("run.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "name"),
+    [
+        ("table2", "--seed 9", "--seed"),
+        ("table2", "--save-every 1 --map=8m", "--map"),
+        ("figure14", "--gae_lambda 0.9", "--gae-lambda"),
+        ("preopc", "--preopc", "--preopc"),  # the second of its two variants has --no-preopc
+        ("figure5", "--no-preopc", "--preopc"),  # HAPPO's
+    ],
+)
+def test_options_that_the_matrix_sets(matrix, options, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        jobs_of(matrix, "--smax", "--tasks", "3s5z", f"--options={options}")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
+    assert stop.value.code == 2
+    assert line == f"run.py: error: --options {options}: {name} is set for every run by {matrix} itself"
 
 
 class NodeDied(Exception):

@@ -48,6 +48,8 @@ ANYWHERE = [
     "--track true",
     "--no-track yes",
     "--seed",
+    "--seed None",
+    "--gamma None",
     "--exp-name --seed 3",
     *[f"--{name} {x}" for name in "seed num-envs num-steps eval-every".split() for x in ("many", "1.5", "1e-3", "inf")],
     *[f"--{name} {x}" for name in "gamma gae-lambda ent-coef learning-rate".split() for x in ("much", "0,5", "1/2")],
@@ -134,6 +136,9 @@ def test_numbers(name):
     args = parse(words)
     assert (args.total_timesteps, args.eval_every, args.save_every) == (1_000_000, 2500, 1000)
     assert (args.exp_name, args.learning_rate) == ("1e6", 0.001) and type(args.total_timesteps) is int
+    for field in dataclasses.fields(load(name).Args):
+        if type(None) in getattr(field.type, "__args__", ()):
+            assert getattr(parse([f"--{field.name.replace('_', '-')}", "None"]), field.name) is None
 
 
 def test_command_line():
