@@ -146,7 +146,7 @@ class Args:
     """copy the finished runs to {DIR}/{task}/{script}[-variant]__{seed}.jsonl and .config.json, with A2PO also the
     agents' ranks and places, .orders.json, and leave"""
     dir: Path = Path(".")
-    """where the runs/ folder is or shall be"""
+    """where the runs/ folder is; made if it is not there"""
     cpus_per_job: Count | None = None
     """CPUs of each run, and threads of its PyTorch; by default 1, for table6 all"""
     gpus_per_job: float = 0.0
@@ -712,7 +712,7 @@ def check_args(args: Args):
     gpus = args.gpus_per_job
     if not (0 <= gpus <= 1 or gpus.is_integer() and gpus > 0):
         usage_error(f"--gpus-per-job {gpus:g}", "must be within 0 and 1, or a whole number")
-    if not args.dir.is_dir():
+    if args.collect and not args.dir.is_dir():
         usage_error(f"--dir {args.dir}", "no such folder")
 
 

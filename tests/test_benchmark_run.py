@@ -505,6 +505,15 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
     assert "2 jobs: 1 done, 1 new" in printed.err
 
 
+def test_a_new_dir_is_made(fake, tmp_path, monkeypatch):
+    """By the runs, not by a dry run."""
+    new = tmp_path / "a" / "b"
+    monkeypatch.setattr(run, "run_all", lambda jobs, args, cpus, base: base)
+    argv = ["preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", "--dir", str(new)]
+    assert run.main(run.parse_args(run.Args, "", [*argv, "--dry-run"])) == 0 and not new.parent.exists()
+    assert run.main(run.parse_args(run.Args, "", argv)) == new and (new / "runs" / "logs").is_dir()
+
+
 def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run.load(ROOT / "mappo_smac.py"), "find_starcraft2", lambda: (False, "no game"))
     run.settings.cache_clear()
@@ -523,7 +532,7 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
         ["table2", "--cpus-per-job", "0"],
         ["table2", "--gpus-per-job", "-1"],
         ["table2", "--algorithms", "qmix"],
-        ["table2", "--dir", "/nowhere"],
+        ["table2", "--collect", "x", "--dir", "/nowhere"],
         ["table2", "--seeds", "-4", "--tasks", "3s5z"],
         ["table2", "--options=--nonsense 3", "--tasks", "3s5z"],
         ["table2", "--options=--map '3s5z", "--tasks", "3s5z"],
