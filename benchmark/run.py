@@ -88,6 +88,9 @@ RULES = ("cyclic", "random", "greedy", "reverse-greedy", "reverse-semi-greedy")
 ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
 LAMBDAS = ("0.9", "0.93", "0.95", "0.97", "0.99")  # of Tables 7 to 11
 LAMBDA = {f"{name} gae_lambda={x}": (*options, "--gae-lambda", x) for x in LAMBDAS for name, options in PREOPC.items()}
+# Tables 7 to 11 are what A2PO has in the authors' launch scripts (c953380). There MAPPO, CoPPO and HAPPO always have a
+# lambda of 0.95, and other epochs on these maps, robots and games.
+BASELINE_EPOCHS = {"3s5z": 5, "3s_vs_5z": 10, "6h_vs_8z": 5, "MMM": 10, "Ant": 5, "Hopper": 5, "spread": 5}
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
@@ -138,6 +141,8 @@ class Args:
     """only these of mappo coppo happo a2po; or your own, such as kl where there is a kl_smac.py beside the others"""
     total_timesteps: Count | None = None
     """environment steps of each run, such as 1e6; by default the script's"""
+    authors_baselines: bool = False
+    """MAPPO, CoPPO and HAPPO with their epochs and lambda in the authors' launch scripts; else with A2PO's"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False
@@ -220,6 +225,14 @@ def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
     usage_error(f"--tasks {task}", f"{meant} must be one of {TASK_FORMS}")
 
 
+def baseline_options(task: str, algorithm: str) -> tuple[str, ...]:
+    """What the authors' launch scripts give a baseline on a task, where A2PO has the paper's tables."""
+    if algorithm not in ("mappo", "coppo", "happo"):
+        return ()
+    epochs = BASELINE_EPOCHS.get(task.split("-")[0])
+    return ("--gae-lambda", "0.95", *(("--update-epochs", str(epochs)) if epochs else ()))
+
+
 def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
     """The jobs, all of the first seed first, and the names of scripts that they would need but that do not exist."""
     tasks, algorithms, variants = MATRICES[args.matrix]
@@ -250,6 +263,7 @@ def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
                 of_it = variants.get(algorithm, {"": ()}) if variants is CORRECTIONS else variants
                 for variant, variant_options in of_it.items():
                     chosen = (*task_choice, "--seed", str(seed), *variant_options)
+                    chosen += baseline_options(task, algorithm) if args.authors_baselines else ()
                     options = (*chosen, *further_options(args, chosen))
                     name = f"{task}-smax" if args.smax else task
                     jobs.append(Job(script, name, variant, seed, options, args.total_timesteps))

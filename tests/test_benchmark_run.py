@@ -505,6 +505,25 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
     assert "2 jobs: 1 done, 1 new" in printed.err
 
 
+def test_authors_baselines():
+    """Their launch scripts: epochs of MAPPO, CoPPO and HAPPO, and lambda 0.95; A2PO has the tables'."""
+    tasks = "3s5z_vs_3s6z spread-3-0 Ant-4x2 Walker2d-2x3 Hopper-3x1 5_vs_5".split()
+    (as_in_tables, _), (theirs, _) = (
+        jobs_of("figure3", "--seeds", "1", "--tasks", *tasks, *flag) for flag in ([], ["--authors-baselines"])
+    )
+    epochs = {"spread-3-0": "5", "Ant-4x2": "5", "Hopper-3x1": "5"}
+    for before, job in zip(as_in_tables, theirs, strict=True):
+        added = job.options[len(before.options) :]
+        expected = ("--gae-lambda", "0.95")
+        expected += ("--update-epochs", epochs[job.task]) if job.task in epochs else ()
+        assert job.options[: len(before.options)] == before.options
+        assert added == (() if job.algorithm.startswith("a2po") else expected), job
+    other_epochs = {"3s5z": "5", "3s_vs_5z": "10", "6h_vs_8z": "5", "MMM": "10"}
+    other = {task: run.baseline_options(task, "happo")[3:] for task in run.SMAC_MAPS}
+    assert {task: x[0] for task, x in other.items() if x} == other_epochs
+    assert run.baseline_options("3s5z", "rpisa") == run.baseline_options("3s5z", "a2po") == ()
+
+
 def test_a_new_dir_is_made(fake, tmp_path, monkeypatch):
     """By the runs, not by a dry run."""
     new = tmp_path / "a" / "b"
