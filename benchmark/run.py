@@ -88,8 +88,8 @@ RULES = ("cyclic", "random", "greedy", "reverse-greedy", "reverse-semi-greedy")
 ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
 LAMBDAS = ("0.9", "0.93", "0.95", "0.97", "0.99")  # of Tables 7 to 11
 LAMBDA = {f"{name} gae_lambda={x}": (*options, "--gae-lambda", x) for x in LAMBDAS for name, options in PREOPC.items()}
-# Tables 7 to 11 are what A2PO has in the authors' launch scripts (c953380). There MAPPO, CoPPO and HAPPO always have a
-# lambda of 0.95, and other epochs on these maps, robots and games.
+# By the authors' launch scripts (c953380) MAPPO, CoPPO and HAPPO always have a lambda of 0.95, and on these maps,
+# robots and games other epochs than A2PO, whose settings are those of Tables 7 to 11 but for a few entries.
 BASELINE_EPOCHS = {"3s5z": 5, "3s_vs_5z": 10, "6h_vs_8z": 5, "MMM": 10, "Ant": 5, "Hopper": 5, "spread": 5}
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
@@ -280,7 +280,7 @@ def further_options(args: Args, chosen: tuple[str, ...]) -> list[str]:
     taken = [word.replace("--no-", "--") for word in chosen]
     for name in names:
         if name in taken:
-            usage_error(f"--options {args.options}", f"{name} is set for every run by {args.matrix} itself")
+            usage_error(f"--options {args.options}", f"{name} is set already, by {args.matrix} or another option")
     return words
 
 
