@@ -64,6 +64,8 @@ class Args:
     """only these, in this order: a2po_smac or a2po_smac-no-preopc, or with settings, 'a2po_smac gae_lambda=0.91'"""
     methods: bool = False
     """call scripts by their method, so that a2po_smac and a2po_mpe are both a2po, to compare over several benchmarks"""
+    until: float = math.inf
+    """leave out later evaluations than at this step, to compare runs that went on with those that did not"""
     metric: Literal["auto", "win_rate", "episodic_return"] = "auto"
     """what counts; auto takes the win rate of tasks that have one, else the return"""
     statistic: Literal["mean", "iqm"] = "mean"
@@ -201,7 +203,7 @@ def without_settings(called: str) -> str:
     return re.sub(r"( \w+=\S+)+$", "", called)
 
 
-def read_run(path: Path) -> Run | None:
+def read_run(path: Path, until: float = math.inf) -> Run | None:
     """The run of an eval.jsonl or a {script}__{seed}.jsonl; None, with a warning, if there is nothing in it."""
     parts = path.stem.split("__")
     if path.name == "eval.jsonl":
@@ -215,9 +217,9 @@ def read_run(path: Path) -> Run | None:
         usage_error(path, "must be called {script}__{seed}.jsonl, or eval.jsonl in a run directory")
     if not seed.isdecimal():
         usage_error(path, f"its seed {seed} is no number")
-    records = read_records(path)
+    records = [record for record in read_records(path) if record["step"] <= until]
     if not records:
-        warn(path, "has no evaluation and is left out")
+        warn(path, f"has no evaluation{' so early' if until < math.inf else ''} and is left out")
         return None
     config = read_config(settings)
     if not config and (settings.exists() or path.name == "eval.jsonl"):
@@ -274,10 +276,10 @@ def method(name: str) -> str:
     return re.sub(r"_(smac|mamujoco|mpe|grf)\b", "", name, count=1)
 
 
-def read(paths, tasks=(), algorithms=(), methods=False) -> Runs:
-    """Task -> algorithm (or with `methods` its name without the benchmark) -> its runs by seed."""
+def read(paths, tasks=(), algorithms=(), methods=False, until: float = math.inf) -> Runs:
+    """Task -> algorithm (or with `methods` its name without the benchmark) -> its runs by seed, up to a step."""
     files = list(dict.fromkeys(file for path in paths for file in find_files(path)))
-    every = list(filter(None, map(read_run, files)))
+    every = [run for run in (read_run(file, until) for file in files) if run]
     if not every:
         usage_error(" ".join(map(str, paths)), "no run with an evaluation")
     check_names("--tasks", tasks, {run.task for run in every})
@@ -788,13 +790,17 @@ def check_args(args: Args):
         check_writable(f"--table {args.table}", args.table)
     if not 0 <= args.seed < 2**32:
         usage_error(f"--seed {args.seed}", f"must be within 0 and {2**32 - 1}")
+    if not args.until > 0:
+        usage_error(f"--until {args.until:g}", "must be a number above 0")
+    if args.orders and args.until < math.inf:
+        usage_error(f"--until {args.until:g}", "is not for --orders, which counts all iterations of a run")
     if args.reps < 1:
         usage_error(f"--reps {args.reps}", "must be at least 1")
 
 
 def main(args: Args):
     check_args(args)
-    runs = read(args.paths, args.tasks, args.algorithms, args.methods)
+    runs = read(args.paths, args.tasks, args.algorithms, args.methods, args.until)
     if args.reference is not None and len(runs) > 1:
         usage_error(f"--reference {args.reference:g}", f"is for one task, not for {', '.join(runs)}")
     metrics = choose_metrics(runs, args.metric)

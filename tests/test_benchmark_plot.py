@@ -168,6 +168,21 @@ def test_records_come_by_step_and_the_later_of_two_counts(tmp_path):
     assert [(r["step"], r["win_rate"]) for r in plot.read_records(path)] == [(100, 0.2), (200, 0.3)]
 
 
+def test_later_evaluations_can_be_left_out(tmp_path, monkeypatch, capsys):
+    """Everything is then as if the run had ended there, and a run that began later is not there."""
+    write_run(tmp_path / "t" / "a__1.jsonl", [0.5] * 10 + [1.0] * 10)
+    write_run(tmp_path / "t" / "b__1.jsonl", [0.25], steps=[1001])
+    runs = plot.read([tmp_path], until=1000)
+    assert list(runs["t"]) == ["a"] and "b__1.jsonl: has no evaluation so early" in capsys.readouterr().err
+    assert runs["t"]["a"][0].curve("win_rate")[0].tolist() == list(range(100, 1001, 100))
+    assert runs["t"]["a"][0].score("win_rate") == 0.5
+    monkeypatch.chdir(tmp_path)
+    plot.main(plot.parse_args(plot.Args, "", ["t", "--until", "1e3"]))
+    assert cells(capsys.readouterr().out.split("\n\n")[5])[1][3:5] == ["1000", "0.5"]
+    plot.main(plot.parse_args(plot.Args, "", ["t"]))
+    assert cells(capsys.readouterr().out.split("\n\n")[5])[1][3:5] == ["2000", "1.0"]
+
+
 @pytest.mark.parametrize(
     "line",
     ['{"step": 1}', '{"win_rate": 1}', '{"step": 1, "win_rate": NaN}', '{"step": 1, "returns": ["a"]}', "[1]", "3"],
@@ -191,6 +206,10 @@ def test_bad_records(tmp_path, line, capsys):
         ["t", "--tasks", "z"],
         ["t", "--improvement", "x.png"],
         ["t", "--reps", "0"],
+        ["t", "--until", "0"],
+        ["t", "--until", "nan"],
+        ["t", "--until", "99.5"],
+        ["t", "--until", "100", "--orders", "x.png"],
         ["t", "--seed", "-1"],
         ["t", "--algorithms", "b"],
         ["folder"],
