@@ -341,6 +341,10 @@ def fail(message: str, status: int = 2):
     raise SystemExit(status)
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cpu_name() -> str:
     with contextlib.suppress(OSError, StopIteration):
         with open("/proc/cpuinfo") as file:
@@ -404,8 +408,7 @@ def writing(folder: Path):
 
 def plan(args: Args, options: dict[str, str]) -> list[dict]:
     """The shapes to measure, each as what all scripts' jobs have in common."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    common = {"real": args.real, "threads": args.threads or cores}
+    common = {"real": args.real, "threads": args.threads or cores()}
     common |= {"num_envs": args.num_envs, "num_steps": args.num_steps}
     common |= {"iterations": args.iterations, "warmup": args.warmup, "seconds": args.seconds, "options": options}
     names = {"n": args.n_agents, "obs_dim": args.obs_dim, "state_dim": args.state_dim, "n_actions": args.n_actions}

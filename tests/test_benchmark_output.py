@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, upside_down, watch
+from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, speed_peers, upside_down, watch
 
 WORK = {  # what begins each program's work
     run: ("find_run", "run_all"),
@@ -14,6 +14,7 @@ WORK = {  # what begins each program's work
     speed: ("run_measurement",),
     bounds: ("study",),
     speed_grf: ("BareEngines", "Games"),
+    speed_peers: ("run_peer",),
     random_mpe: ("random_returns",),
     upside_down: ("measure",),
 }
@@ -34,6 +35,8 @@ CASES = [
     (bounds, ["--out", "FOLDER"]),
     (speed_grf, ["--out", "FILE/x.json"]),
     (speed_grf, ["--out", "nowhere/x.json"]),
+    (speed_peers, ["cleanmarl=.", "--out", "FILE/x.json"]),
+    (speed_peers, ["cleanmarl=.", "--out", "FOLDER"]),
     (random_mpe, ["FILE/x.json"]),
     (policy, ["FILE", "FILE/x.pt"]),
     (upside_down, ["FILE", "--out", "FILE/x.json"]),
@@ -53,6 +56,7 @@ CASES = [
         (random_mpe, "", "PATH JSON file to write"),
         (policy, "one", "PATH file to write (required)"),
         (speed_grf, "--nonsense 3", "Unrecognized options: --nonsense, 3; see --help"),
+        (speed_peers, "harl=x", "Missing from"),
         (upside_down, "--reps", "Unrecognized options: --reps"),
         (watch, "--out x.gif", "--checkpoint PATH"),
     ],
@@ -78,6 +82,8 @@ def test_it_is_told_before_the_work(program, argv, tmp_path, monkeypatch, capsys
     for name in ("speed.md", "summary.json"):  # files to write
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
     (tmp_path / "FOLDER" / "runs").write_text("")  # a folder to write to
+    (tmp_path / "cleanmarl").mkdir()
+    (tmp_path / "cleanmarl" / "mappo_lstm_multienvs.py").write_text("")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     for name in WORK.get(program, ()):

@@ -1,6 +1,8 @@
-"""benchmark/speed.py: synthetic environments fit the scripts, numbers are put together right. Also speed_grf.py."""
+"""benchmark/speed.py: synthetic environments fit the scripts, numbers are put together right. Also speed_grf.py and
+speed_peers.py."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import a2po_grf
 import a2po_mamujoco
 import a2po_mpe
 import a2po_smac
-from benchmark import speed, speed_grf
+from benchmark import speed, speed_grf, speed_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_*.py"))
@@ -178,3 +180,84 @@ def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
     with pytest.raises(SystemExit) as stop:
         speed_grf.check_args(speed_grf.parse_args(speed_grf.Args, "", options.split()))
     assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------- speed_peers.py
+TRAINER = """
+import time
+import gym, wandb
+from onpolicy.runner.shared.mpe_runner import MPERunner
+
+def main(flags):
+    assert "--ppo_epoch" in flags and issubclass(gym.Env, object)
+    open("left.txt", "w").close()
+    for _ in range(ROUNDS):
+        time.sleep(0.05)
+        MPERunner().train()
+"""
+RUNNER = """
+import time
+
+class MPERunner:
+    def train(self):
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def on_policy(tmp_path):
+    """A checkout of the MAPPO authors' code, as far as it is used; `rounds` iterations are its whole training."""
+
+    def make(rounds: int) -> Path:
+        files = {"scripts/train/train_mpe.py": TRAINER.replace("ROUNDS", str(rounds))}
+        files["runner/shared/mpe_runner.py"] = RUNNER
+        for name, text in files.items():
+            path = tmp_path / "theirs" / "onpolicy" / name
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+        return tmp_path / "theirs"
+
+    return make
+
+
+def test_speed_peers_takes_the_seconds_apart_and_leaves_the_folder_alone(on_policy, tmp_path, monkeypatch, capsys):
+    theirs = on_policy(rounds=100)
+    monkeypatch.setattr(speed_peers, "run_ours", lambda *_: {"rollout": [0.01, 0.03], "update": [0.01, 0.01]})
+    before = sorted(tmp_path.rglob("*"))
+    words = [f"on-policy={theirs}", "--out", str(tmp_path / "x.json"), *"--turns 1 --iterations 3 --warmup 1".split()]
+    speed_peers.main(speed_peers.parse_args(speed_peers.Args, "", words))
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "x.json"])
+    turns = json.loads((tmp_path / "x.json").read_text())["peers"]["on-policy"]["turns"]
+    (seconds,) = turns["on-policy"]
+    assert len(seconds["rollout"]) == len(seconds["update"]) == 3
+    assert min(seconds["rollout"]) >= 0.05 and min(seconds["update"]) >= 0.02
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == list(turns) and len(turns) == 3
+    # The median of our iterations is 0.03, the mean of 0.02 and 0.04.
+    ratio = statistics.median(map(sum, zip(seconds["rollout"], seconds["update"], strict=True))) / 0.03
+    assert table[-1] == f"| mappo_mpe, jaxmarl | 0.020 | 0.010 | 0.030 | {ratio:.2f} |"
+
+
+def test_speed_peers_says_in_one_line_that_a_trainer_ended(on_policy, tmp_path, capsys):
+    args = speed_peers.Args((f"on-policy={on_policy(rounds=2)}",), tmp_path / "x.json", iterations=3, warmup=0)
+    with pytest.raises(SystemExit) as stop:
+        speed_peers.main(args)
+    assert stop.value.code == 1 and "on-policy ended with status 0 after 2 iterations: " in only_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "peers: name at least one, as NAME=FOLDER"),
+        ("on-policy", "on-policy: must be NAME=FOLDER, with a name of on-policy, cleanmarl, harl, authors, jaxmarl"),
+        ("marl=x", "marl=x: must be NAME=FOLDER"),
+        ("harl=nowhere", "harl=nowhere: there is no nowhere/harl/configs/algos_cfgs/happo.yaml"),
+        ("on-policy=theirs --turns 0", "--turns 0: must be at least 1"),
+        ("on-policy=theirs --warmup -1", "--warmup -1: must be at least 0"),
+    ],
+)
+def test_speed_peers_answers_a_wrong_value_with_one_line(words, message, on_policy, monkeypatch, capsys):
+    monkeypatch.chdir(on_policy(rounds=1).parent)
+    with pytest.raises(SystemExit) as stop:
+        speed_peers.main(speed_peers.parse_args(speed_peers.Args, "", [*words.split(), "--out", "x.json"]))
+    assert stop.value.code == 2 and message in only_line(capsys)
