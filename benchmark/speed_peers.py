@@ -375,8 +375,8 @@ def main(args: Args):
                     turns[label].append(run_ours(script, settings, args, threads))
         except speed.Failed as failure:
             fail(*failure.args)
-        settings = {label: dict(settings) for label, (_, settings) in PEERS[name].ours.items()}
-        result["peers"][name] = {"commit": commit, "turns": turns, "settings_of_ours": settings}
+        ours = {label: settings for label, (_, settings) in PEERS[name].ours.items()}
+        result["peers"][name] = {"commit": commit, "turns": turns, "settings_of_ours": ours}
         with writing(args.out):  # after each: a run may be cut off
             args.out.write_text(json.dumps(result, indent=1) + "\n")
         for label, seconds in turns.items():

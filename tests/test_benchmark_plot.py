@@ -184,6 +184,23 @@ def test_later_evaluations_can_be_left_out(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--until 0", "--until 0: must be a number above 0"),
+        ("--until nan", "--until nan: must be a number above 0"),
+        ("--until 1e3 --orders x.png", "--until 1000: is not for --orders, which counts all iterations of a run"),
+    ],
+)
+def test_steps_that_cannot_be_the_last_are_told_before_anything_is_read(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.parse_args(plot.Args, "", ["nowhere", *options.split()]))
+    assert stop.value.code == 2 and capsys.readouterr().err == f"plot.py: error: {message}\n"
+
+
+@pytest.mark.parametrize(
     "line",
     ['{"step": 1}', '{"win_rate": 1}', '{"step": 1, "win_rate": NaN}', '{"step": 1, "returns": ["a"]}', "[1]", "3"],
 )
@@ -206,10 +223,7 @@ def test_bad_records(tmp_path, line, capsys):
         ["t", "--tasks", "z"],
         ["t", "--improvement", "x.png"],
         ["t", "--reps", "0"],
-        ["t", "--until", "0"],
-        ["t", "--until", "nan"],
         ["t", "--until", "99.5"],
-        ["t", "--until", "100", "--orders", "x.png"],
         ["t", "--seed", "-1"],
         ["t", "--algorithms", "b"],
         ["folder"],

@@ -4,6 +4,7 @@ speed_peers.py."""
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -184,13 +185,15 @@ def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
 
 # ---------------------------------------------------------------------------------------------------- speed_peers.py
 TRAINER = """
-import time
+import subprocess, time
 import gym, wandb
 from onpolicy.runner.shared.mpe_runner import MPERunner
 
 def main(flags):
     assert "--ppo_epoch" in flags and issubclass(gym.Env, object)
     open("left.txt", "w").close()
+    environment = subprocess.Popen(["sleep", "600"])
+    print(environment.pid, file=open(PIDS, "w"), flush=True)
     for _ in range(ROUNDS):
         time.sleep(0.05)
         MPERunner().train()
@@ -208,8 +211,8 @@ class MPERunner:
 def on_policy(tmp_path):
     """A checkout of the MAPPO authors' code, as far as it is used; `rounds` iterations are its whole training."""
 
-    def make(rounds: int) -> Path:
-        files = {"scripts/train/train_mpe.py": TRAINER.replace("ROUNDS", str(rounds))}
+    def make(rounds: int, pids: str = "/dev/null") -> Path:
+        files = {"scripts/train/train_mpe.py": TRAINER.replace("ROUNDS", str(rounds)).replace("PIDS", repr(pids))}
         files["runner/shared/mpe_runner.py"] = RUNNER
         for name, text in files.items():
             path = tmp_path / "theirs" / "onpolicy" / name
@@ -236,6 +239,16 @@ def test_speed_peers_takes_the_seconds_apart_and_leaves_the_folder_alone(on_poli
     # The median of our iterations is 0.03, the mean of 0.02 and 0.04.
     ratio = statistics.median(map(sum, zip(seconds["rollout"], seconds["update"], strict=True))) / 0.03
     assert table[-1] == f"| mappo_mpe, jaxmarl | 0.020 | 0.010 | 0.030 | {ratio:.2f} |"
+
+
+def test_speed_peers_leaves_no_process_of_a_trainer(on_policy, tmp_path):
+    theirs = on_policy(rounds=100, pids=str(tmp_path / "pid"))
+    args = speed_peers.Args((f"on-policy={theirs}",), tmp_path / "x.json", iterations=1, warmup=0)
+    speed_peers.run_peer("on-policy", theirs, args, threads=1)
+    status, begin = Path("/proc", (tmp_path / "pid").read_text().strip(), "status"), time.monotonic()
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() - begin < 30, "it goes on"
+        time.sleep(0.01)
 
 
 def test_speed_peers_says_in_one_line_that_a_trainer_ended(on_policy, tmp_path, capsys):
