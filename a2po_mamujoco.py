@@ -2,8 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "envpool==1.2.5",
-#   "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
-# ]
+#   "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1"]
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on multi-agent MuJoCo, with a network per agent.
 
@@ -81,6 +80,8 @@ class Settings:
     """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
     update_epochs: int | None = None
     """P, passes of every agent over the rollout (Table 9 by robot)"""
+    critic_steps: int = 1
+    """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in (Table 9; where it has none, one for each agent)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
@@ -128,8 +129,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
     weights = gamma * gae_lambda * joint_ratio.clamp(max=1.0).unsqueeze(-1)
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
+    advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * weights[t + 1] * advantages[t + 1]
     return advantages
@@ -334,9 +334,8 @@ def main(args: "Args"):
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
 
-    H = args.hidden_size
-    actors = nn.ModuleList([GaussianActor(obs_dim, d, H) for _ in range(n)]).to(device)
-    critics = nn.ModuleList([mlp(obs_dim, 1, H, gain=1.0) for _ in range(n)]).to(device)
+    actors = nn.ModuleList([GaussianActor(obs_dim, d, args.hidden_size) for _ in range(n)]).to(device)
+    critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
     # One for all networks: a step leaves those alone that have no gradient.
@@ -410,17 +409,20 @@ def main(args: "Args"):
                         surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, eps_k)
                         policy_loss = -masked_mean(surrogate, sample)
                         entropy = masked_mean(entropy, sample)
-
-                        new_values, old = critics[i](rollout.obs[:-1]).squeeze(-1), old_values[..., i]
-                        normalized_targets = normalizer.normalize(targets[..., i])
-                        losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
-                        critic_loss = masked_mean(losses, sample)
-
                         optimizer.zero_grad()
-                        (policy_loss - args.ent_coef * entropy + critic_loss).backward()
+                        (policy_loss - args.ent_coef * entropy).backward()
                         actor_norm = nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
-                        critic_norm = nn.utils.clip_grad_norm_(critics[i].parameters(), args.max_grad_norm)
                         optimizer.step()
+
+                        normalized_targets, old = normalizer.normalize(targets[..., i]), old_values[..., i]
+                        for _ in range(args.critic_steps):
+                            new_values = critics[i](rollout.obs[:-1]).squeeze(-1)
+                            losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
+                            critic_loss = masked_mean(losses, sample)
+                            optimizer.zero_grad()
+                            critic_loss.backward()
+                            critic_norm = nn.utils.clip_grad_norm_(critics[i].parameters(), args.max_grad_norm)
+                            optimizer.step()
                         ratios = ratio_statistics(ratio.log(), preceding_ratio, sample, eps_k)
                         run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                         run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)

@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
-# ]
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1"]
 # ///
 """HAPPO (heterogeneous-agent PPO, Kuba et al., 2022) on Google Research Football's game engine.
 
@@ -96,6 +95,8 @@ class Settings:
     update_epochs: int = 10
     """P, passes over the rollout (Table 11): of every agent with parameters of its own (Algorithm 1), else each block
     gets ceil(P / blocks) of them (Algorithm 2)"""
+    critic_steps: int = 1
+    """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one"""
     preopc: bool = False
@@ -124,8 +125,7 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
+    advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
     return advantages
@@ -144,8 +144,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
     weights = gamma * gae_lambda * joint_ratio.clamp(max=1.0).unsqueeze(-1)
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
+    advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * weights[t + 1] * advantages[t + 1]
     return advantages
@@ -439,20 +438,24 @@ def main(args: "Args"):
                             surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, args.clip_coef)
                             policy_loss = -masked_mean(surrogate, sample)
                             entropy = masked_mean(entropy, sample)
+                            optimizer.zero_grad()
+                            (policy_loss - args.ent_coef * entropy).backward()
+                            actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                            optimizer.step()
 
                             inputs = critic_inputs[:-1].index_select(2, agents)
-                            states = critic_hidden[:-1].index_select(2, agents)
-                            start = rollout.start[:-1]
-                            new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length)
-                            new_values = new_values.squeeze(-1)
-                            losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
-                            critic_loss = masked_mean(losses, sample)
-
-                            optimizer.zero_grad()
-                            (policy_loss - args.ent_coef * entropy + critic_loss).backward()
-                            actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                            critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                            optimizer.step()
+                            states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
+                            for _ in range(args.critic_steps):
+                                new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length)
+                                new_values = new_values.squeeze(-1)
+                                losses = value_loss(
+                                    new_values, old, normalized_targets, args.clip_coef, args.huber_delta
+                                )
+                                critic_loss = masked_mean(losses, sample)
+                                optimizer.zero_grad()
+                                critic_loss.backward()
+                                critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                                optimizer.step()
                             ratios = ratio_statistics(log_ratio, torch.ones_like(ratio), sample, args.clip_coef)
                             run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy)
                             run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm, **ratios)

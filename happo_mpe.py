@@ -2,8 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "mpe2==1.1.1", "jax==0.10.2", "jaxlib==0.10.2",
-#   "jaxmarl==0.2.0", "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1",
-# ]
+#   "jaxmarl==0.2.0", "tyro==1.0.17", "tensorboard==2.20.0", "tqdm==4.70.1"]
 # ///
 """HAPPO (heterogeneous-agent PPO, Kuba et al., 2022) on MPE Navigation, with parameters shared by all agents.
 
@@ -83,6 +82,8 @@ class Settings:
     """base clipping parameter epsilon (Table 10)"""
     update_epochs: int = 8
     """P, passes over the rollout (Table 10); each block gets ceil(P / blocks) of them (Algorithm 2)"""
+    critic_steps: int = 1
+    """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
     """number of blocks that the agents are updated in; by default each agent is one (Algorithm 2)"""
     preopc: bool = False
@@ -115,8 +116,7 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
+    advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
     return advantages
@@ -135,8 +135,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
     weights = gamma * gae_lambda * joint_ratio.clamp(max=1.0).unsqueeze(-1)
-    advantages = torch.empty_like(deltas)
-    advantages[-1] = deltas[-1]
+    advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
         advantages[t] = deltas[t] + (1 - done[t]) * weights[t + 1] * advantages[t + 1]
     return advantages
@@ -322,14 +321,13 @@ def main(args: "Args"):
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
 
-    H = args.hidden_size
-    actor = RecurrentNetwork(obs_dim, n_actions, H, 0.01, args.recurrent, args.deep).to(device)
-    critic = RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0, args.recurrent, args.deep).to(device)
+    actor = RecurrentNetwork(obs_dim, n_actions, args.hidden_size, 0.01, args.recurrent, args.deep).to(device)
+    critic = RecurrentNetwork(state_dim + obs_dim, 1, args.hidden_size, 1.0, args.recurrent, args.deep).to(device)
     normalizer = ValueNormalizer().to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
-    hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
+    hidden = {name: torch.zeros(args.num_envs, n, args.hidden_size, device=device) for name in ("actor", "critic")}
     if args.compile:
         for network in (actor, critic):
             network.compile(dynamic=True)
@@ -399,20 +397,22 @@ def main(args: "Args"):
                     surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, args.clip_coef)
                     policy_loss = -masked_mean(surrogate, sample)
                     entropy = masked_mean(entropy, sample)
+                    optimizer.zero_grad()
+                    (policy_loss - args.ent_coef * entropy).backward()
+                    actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                    optimizer.step()
 
                     inputs = critic_inputs[:-1].index_select(2, agents)
-                    states = critic_hidden[:-1].index_select(2, agents)
-                    new_values = run_chunks(critic, inputs, states, rollout.start[:-1], sample, args.chunk_length)
-                    new_values, old = new_values.squeeze(-1), old_values[..., agents]
-                    normalized_targets = normalizer.normalize(targets[..., agents])
-                    losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
-                    critic_loss = masked_mean(losses, sample)
-
-                    optimizer.zero_grad()
-                    (policy_loss - args.ent_coef * entropy + critic_loss).backward()
-                    actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                    critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                    optimizer.step()
+                    states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
+                    normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[..., agents]
+                    for _ in range(args.critic_steps):
+                        new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length).squeeze(-1)
+                        losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
+                        critic_loss = masked_mean(losses, sample)
+                        optimizer.zero_grad()
+                        critic_loss.backward()
+                        critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                        optimizer.step()
                     ratios = ratio_statistics(log_ratio, torch.ones_like(ratio), sample, args.clip_coef)
                     run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                     run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)

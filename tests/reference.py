@@ -280,12 +280,12 @@ class Reference:
                     self.descend(agents, A, targets, others, k, len(blocks))
 
     def descend(self, agents, A, targets, preceding, k, blocks):
-        """A step of agents who are one or share their networks; `preceding` ratios, in product and not clipped."""
-        args, (mean, std), eps = self.args, self.unit(), self.clip(k, blocks)
-        policies, values = self.replay("actor", agents), self.replay("critic", agents)
+        """An update of agents who are one or share their networks; `preceding` ratios, in product and not clipped."""
+        args, eps = self.args, self.clip(k, blocks)
+        policies = self.replay("actor", agents)
         average = np.mean([A[s] for s in policies])
         deviation = np.sqrt(np.mean([(A[s] - average) ** 2 for s in policies])) + 1e-5
-        sums = dict.fromkeys("policy_loss value_loss entropy ratio approx_kl clipfrac preceding_clipfrac".split(), 0.0)
+        sums = dict.fromkeys("policy_loss entropy ratio approx_kl clipfrac preceding_clipfrac".split(), 0.0)
         for s, (log_p, entropy) in policies.items():
             log_ratios = [p - q for p, q in zip(log_p, self.old[s], strict=True)]
             ratio = sum(log_ratios).exp()
@@ -293,28 +293,37 @@ class Reference:
                 ratio = sum(x.exp() for x in log_ratios) / len(log_ratios)
             surrogate, joint = self.objective(ratio, preceding[s], (A[s] - average) / deviation, eps)
 
-            target, old = (targets[s] - mean) / std, (self.values[s] - mean) / std
-            near = old + (values[s] - old).clamp(-args.clip_coef, args.clip_coef)
-            self.active["value clip"] += abs(values[s].item() - old) > args.clip_coef
-            worst = max(self.huber(values[s] - target), self.huber(near - target))
-
-            numbers = {"policy_loss": -surrogate, "value_loss": worst, "entropy": entropy, "ratio": ratio.item()}
+            numbers = {"policy_loss": -surrogate, "entropy": entropy, "ratio": ratio.item()}
             numbers |= {"approx_kl": ratio.item() - 1 - math.log(ratio.item()), "clipfrac": abs(joint - 1) > eps}
             weighed = self.algorithm in ("coppo", "a2po")  # the others clip no product
             numbers["preceding_clipfrac"] = weighed and not 1 - eps / 2 <= preceding[s] <= 1 + eps / 2
             for name, number in numbers.items():
                 sums[name] = sums[name] + number / len(policies)
-
-        networks = {"actor": self.actors[agents[0]], "critic": self.critics[agents[0]]}
-        for network in networks.values():
-            self.optimizers[network].zero_grad()
-        (sums["policy_loss"] - args.ent_coef * sums["entropy"] + sums["value_loss"]).backward()
-        for kind, network in networks.items():
-            gradients = [parameter.grad for parameter in network.parameters()]
-            norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
-            self.active[f"{kind} norm"] += norm > args.max_grad_norm
-            for g in gradients:
-                g *= min(1.0, args.max_grad_norm / (norm + 1e-6))
-            self.optimizers[network].step()
-            sums[f"{kind}_grad_norm"] = norm
+        loss = sums["policy_loss"] - args.ent_coef * sums["entropy"]
+        sums["actor_grad_norm"] = self.step("actor", self.actors[agents[0]], loss)
+        for _ in range(args.critic_steps):  # the last one is logged
+            sums["value_loss"] = self.value_loss(agents, targets)
+            sums["critic_grad_norm"] = self.step("critic", self.critics[agents[0]], sums["value_loss"])
         self.log.append({"block": k} | {name: float(torch.as_tensor(x).detach()) for name, x in sums.items()})
+
+    def value_loss(self, agents, targets):
+        """Mean of the agents' samples: the worse of the losses of the value now and of that value near the old one."""
+        losses, (mean, std), eps = [], self.unit(), self.args.clip_coef
+        for s, value in self.replay("critic", agents).items():
+            target, old = (targets[s] - mean) / std, (self.values[s] - mean) / std
+            near = old + (value - old).clamp(-eps, eps)
+            self.active["value clip"] += abs(value.item() - old) > eps
+            losses.append(max(self.huber(value - target), self.huber(near - target)))
+        return sum(losses) / len(losses)
+
+    def step(self, kind, network, loss):
+        """A network's step down the loss, its gradient no longer than `max_grad_norm`; returns how long it was."""
+        self.optimizers[network].zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in network.parameters()]
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        self.active[f"{kind} norm"] += norm > self.args.max_grad_norm
+        for g in gradients:
+            g *= min(1.0, self.args.max_grad_norm / (norm + 1e-6))
+        self.optimizers[network].step()
+        return norm

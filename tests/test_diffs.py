@@ -52,9 +52,9 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
     "a2po_smac": (470, 1512),
-    "a2po_mpe": (452, 1388),
-    "a2po_mamujoco": (446, 1104),
-    "a2po_grf": (501, 1829),
+    "a2po_mpe": (453, 1389),
+    "a2po_mamujoco": (448, 1106),
+    "a2po_grf": (505, 1833),
 }
 
 

@@ -128,6 +128,7 @@ SEQUENTIAL = [name for name in GRF_SCRIPTS if hasattr(load(name).Args, "agent_bl
 CASES = [(name, {}, 2) for name in GRF_SCRIPTS] + [(name, {}, 3) for name in SEQUENTIAL]
 CASES += [("a2po_grf", {"cumulative_blocks": True}, 2)]
 CASES += [("happo_grf", {"preopc": True}, 3), ("mappo_grf", {"vtrace": True}, 2), ("coppo_grf", {"vtrace": True}, 2)]
+CASES += [(name, {"critic_steps": 2}, 2) for name in GRF_SCRIPTS]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])

@@ -282,6 +282,7 @@ class Unchanged(torch.nn.Module):
 CASES = [
     *[(name, {}) for name in MUJOCO_SCRIPTS],
     *[(name, {"action_ratio": "product", "agent_blocks": 4}) for name in MUJOCO_SCRIPTS],
+    *[(name, {"critic_steps": 2}) for name in MUJOCO_SCRIPTS],
     ("a2po_mamujoco", {"agent_blocks": 2, "ent_coef": 0.1}),
     ("a2po_mamujoco", {"preopc": False}),
     ("happo_mamujoco", {"preopc": True, "agent_blocks": 4}),

@@ -59,6 +59,7 @@ CASES = [
     *[(name, {}) for name in SMAC_SCRIPTS],
     *[(name, {"crashes": CRASHES, "agent_blocks": 3, "update_epochs": 7}) for name in SMAC_SCRIPTS],
     *[(name, {"recurrent": False}) for name in SMAC_SCRIPTS],
+    *[(name, {"critic_steps": 3}) for name in SMAC_SCRIPTS],
     ("mappo_smac", {"deep": True}),
     ("a2po_smac", {"clip_adaptation": 0.25}),
     ("a2po_smac", {"preopc": False}),
