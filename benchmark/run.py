@@ -91,6 +91,9 @@ LAMBDA = {f"{name} gae_lambda={x}": (*options, "--gae-lambda", x) for x in LAMBD
 # By the authors' launch scripts (c953380) MAPPO, CoPPO and HAPPO always have a lambda of 0.95, and on these maps,
 # robots and games other epochs than A2PO, whose settings are those of Tables 7 to 11 but for a few entries.
 BASELINE_EPOCHS = {"3s5z": 5, "3s_vs_5z": 10, "6h_vs_8z": 5, "MMM": 10, "Ant": 5, "Hopper": 5, "spread": 5}
+# Where they give A2PO's critic a second step (--use_two_stage): not on 3s5z_vs_3s6z, 3s_vs_5z and 6h_vs_8z.
+TWO_CRITIC_STEPS = "MMM MMM2 2c_vs_64zg 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m corridor".split()
+TWO_CRITIC_STEPS += "HalfCheetah Walker2d Hopper Ant Humanoid HumanoidStandup spread 5_vs_5".split()
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
@@ -141,8 +144,9 @@ class Args:
     """only these of mappo coppo happo a2po; or your own, such as kl where there is a kl_smac.py beside the others"""
     total_timesteps: Count | None = None
     """environment steps of each run, such as 1e6; by default the script's"""
-    authors_baselines: bool = False
-    """MAPPO, CoPPO and HAPPO with their epochs and lambda in the authors' launch scripts; else with A2PO's"""
+    authors_settings: bool = False
+    """as the authors' launch scripts: MAPPO, CoPPO and HAPPO with epochs and lambda of their own, A2PO with a second
+    step of the critic where it has one; else all have A2PO's of the paper's tables"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False
@@ -225,11 +229,14 @@ def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
     usage_error(f"--tasks {task}", f"{meant} must be one of {TASK_FORMS}")
 
 
-def baseline_options(task: str, algorithm: str) -> tuple[str, ...]:
-    """What the authors' launch scripts give a baseline on a task, where A2PO has the paper's tables."""
+def authors_options(task: str, algorithm: str) -> tuple[str, ...]:
+    """What the authors' launch scripts have on a task, where the scripts have the paper's tables."""
+    game = task.split("-")[0]
+    if algorithm == "a2po" and game in TWO_CRITIC_STEPS:
+        return ("--critic-steps", "2")
     if algorithm not in ("mappo", "coppo", "happo"):
         return ()
-    epochs = BASELINE_EPOCHS.get(task.split("-")[0])
+    epochs = BASELINE_EPOCHS.get(game)
     return ("--gae-lambda", "0.95", *(("--update-epochs", str(epochs)) if epochs else ()))
 
 
@@ -263,7 +270,7 @@ def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
                 of_it = variants.get(algorithm, {"": ()}) if variants is CORRECTIONS else variants
                 for variant, variant_options in of_it.items():
                     chosen = (*task_choice, "--seed", str(seed), *variant_options)
-                    chosen += baseline_options(task, algorithm) if args.authors_baselines else ()
+                    chosen += authors_options(task, algorithm) if args.authors_settings else ()
                     options = (*chosen, *further_options(args, chosen))
                     name = f"{task}-smax" if args.smax else task
                     jobs.append(Job(script, name, variant, seed, options, args.total_timesteps))
