@@ -326,11 +326,11 @@ def main(args: "Args"):
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # One for all networks: a step leaves those alone that have no gradient.
-    parameters = [*actors.parameters(), *critics.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    learned = {"actor": actors, "critic": critics, "optimizer": optimizer}
-    learned |= {"normalizer": normalizer, "obs_normalizer": obs_normalizer}
+    # Of all actors and of all critics: a step leaves those alone that have no gradient.
+    actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
+    learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, envs, device, learned, hidden={})
     if args.eval_only:
         return run.report(evaluate(actors, obs_normalizer, make_envs(args, evaluation=True), device))
@@ -392,20 +392,20 @@ def main(args: "Args"):
                         surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, args.clip_coef)
                         policy_loss = -masked_mean(surrogate, sample)
                         entropy = masked_mean(entropy, sample)
-                        optimizer.zero_grad()
+                        actor_optimizer.zero_grad()
                         (policy_loss - args.ent_coef * entropy).backward()
                         actor_norm = nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
-                        optimizer.step()
+                        actor_optimizer.step()
 
                         normalized_targets, old = normalizer.normalize(targets[..., i]), old_values[..., i]
                         for _ in range(args.critic_steps):
                             new_values = critics[i](rollout.obs[:-1]).squeeze(-1)
                             losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                             critic_loss = masked_mean(losses, sample)
-                            optimizer.zero_grad()
+                            critic_optimizer.zero_grad()
                             critic_loss.backward()
                             critic_norm = nn.utils.clip_grad_norm_(critics[i].parameters(), args.max_grad_norm)
-                            optimizer.step()
+                            critic_optimizer.step()
                         ratios = ratio_statistics(ratio.log(), torch.ones_like(ratio), sample, args.clip_coef)
                         run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                         run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)

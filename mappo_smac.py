@@ -334,13 +334,13 @@ def main(args: "Args"):
     actor = RecurrentNetwork(obs_dim, n_actions, args.hidden_size, 0.01, args.recurrent, args.deep).to(device)
     critic = RecurrentNetwork(state_dim + obs_dim, 1, args.hidden_size, 1.0, args.recurrent, args.deep).to(device)
     normalizer = ValueNormalizer().to(device)
-    parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    learned = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    learned = {"actor": actor, "critic": critic, "normalizer": normalizer}
+    learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, args.hidden_size, device=device) for name in ("actor", "critic")}
-    if args.compile:
-        for network in (actor, critic):
-            network.compile(dynamic=True)
+    for network in (actor, critic) if args.compile else ():
+        network.compile(dynamic=True)
     run = Run(args, envs, device, learned, hidden)
     if args.eval_only:
         return run.report(evaluate(actor, envs, args.eval_episodes, device))
@@ -391,10 +391,10 @@ def main(args: "Args"):
                 surrogate = clipped_surrogate(ratio, normalized_advantages, args.clip_coef)
                 policy_loss = -masked_mean(surrogate, sample)
                 entropy = masked_mean(entropy, sample)
-                optimizer.zero_grad()
+                actor_optimizer.zero_grad()
                 (policy_loss - args.ent_coef * entropy).backward()
                 actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                optimizer.step()
+                actor_optimizer.step()
 
                 inputs = critic_inputs[:-1].index_select(2, agents)
                 states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
@@ -403,10 +403,10 @@ def main(args: "Args"):
                     new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length).squeeze(-1)
                     losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                     critic_loss = masked_mean(losses, sample)
-                    optimizer.zero_grad()
+                    critic_optimizer.zero_grad()
                     critic_loss.backward()
                     critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                    optimizer.step()
+                    critic_optimizer.step()
                 ratios = ratio_statistics(log_ratio, torch.ones_like(ratio), sample, args.clip_coef)
                 run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                 run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)

@@ -353,7 +353,7 @@ def test_resuming_goes_on_with_new_episodes(train, script):
     assert last.status == 0 and last.folder == first.folder and last.checkpoint["progress"]["iteration"] == 3
     assert last.checkpoint["progress"]["seconds"] > progress["seconds"]
     assert last.checkpoint["args"] == first.checkpoint["args"] | {"total_timesteps": 60, "learning_rate": 0.1}
-    assert [value for path, value in leaves(last.checkpoint["learned"]) if path.endswith("/lr")] == [0.1]
+    assert [value for path, value in leaves(last.checkpoint["learned"]) if path.endswith("/lr")] == [0.1] * 2
     after = evaluations(first.folder)
     assert after[:-1] == kept and after[-1]["step"] == last.checkpoint["progress"]["global_step"]
     (played, evaluated) = last.games
@@ -590,7 +590,7 @@ def test_run_directory(script, train):
     assert [event.step for event in logged["eval/episodic_return"]] == [e["step"] for e in lines]
     if name.startswith("a2po"):
         assert all(event.value == 0 for event in logged["a2po/position_1/preceding_clipfrac"])
-    parts = {"actor", "critic", "optimizer", "normalizer", "obs_normalizer"}
+    parts = {"actor", "critic", "normalizer", "obs_normalizer", "actor_optimizer", "critic_optimizer"}
     assert run.checkpoint["learned"].keys() == parts and run.checkpoint["envs"] is None
 
 
