@@ -1481,7 +1481,9 @@ class Run:
             for name, part in self.learned.items():
                 if self.args.resume or name in checkpoint["learned"]:
                     part.load_state_dict(checkpoint["learned"][name])
-        except (KeyError, ValueError, RuntimeError):
+        except KeyError as missing:
+            usage_error(option, path, f"is of another version of this script: there is no {missing.args[0]} in it")
+        except (ValueError, RuntimeError):
             usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
         for part in self.learned.values():
             if isinstance(part, torch.optim.Optimizer):

@@ -29,8 +29,11 @@ def left_with(script, words, capsys):
 
 # ------------------------------------------------------------------------------------------------- options of all
 ANYWHERE = [
-    *[f"--{name} 0" for name in "num-envs num-steps total-timesteps update-epochs hidden-size torch-threads".split()],
-    *[f"--{name} 0" for name in "chunk-length num-workers eval-every eval-episodes save-every agent-blocks".split()],
+    *[
+        f"--{name} 0"
+        for name in "num-envs num-steps total-timesteps update-epochs hidden-size torch-threads".split()
+    ],
+    *[f"--{name} 0" for name in "critic-steps chunk-length num-workers eval-every eval-episodes save-every agent-blocks".split()],
     *[f"--{name} -3" for name in "num-envs num-workers agent-blocks".split()],
     *[f"--{name} {x}" for name in "learning-rate worker-timeout".split() for x in ("-0.1", "nan", "inf")],
     *[f"--{name} {x}" for name in "clip-coef ent-coef max-grad-norm huber-delta".split() for x in ("-1.0", "nan")],
@@ -172,9 +175,10 @@ WRONG = [
     ("--resume empty", "--resume empty"),
     ("--resume corrupt", "--resume corrupt"),
     ("--resume old", "--resume old"),
+    ("--resume one_optimizer", "is of another version of this script: there is no actor_optimizer in it"),
     ("--resume run --num-envs 3", "--resume run"),
     ("--resume run --map 8m", "--resume run"),
-    ("--resume run --hidden-size 16", "--resume run"),
+    ("--resume run --hidden-size 16", "does not fit networks with --hidden-size 16"),
     ("--resume other_script", "--resume other_script"),
 ]
 
@@ -201,6 +205,8 @@ def files(tmp_path_factory):
         old = {"args": good["args"], "script": script.__name__, **good["learned"], "progress": good["progress"]}
         torch.save(old, folder / "old.pt")
         run_directories = {"empty": None, "corrupt": b"nothing", "run": good, "old": old}
+        both = {name: part for name, part in good["learned"].items() if not name.endswith("_optimizer")}
+        run_directories["one_optimizer"] = good | {"learned": both | {"optimizer": good["learned"]["actor_optimizer"]}}
         run_directories["other_script"] = good | {"script": "ppo"}
         for name, contents in run_directories.items():
             (folder / name).mkdir()
