@@ -30,10 +30,7 @@ def left_with(script, words, capsys):
 # ------------------------------------------------------------------------------------------------- options of all
 ANYWHERE = [
     "--critic-steps 0",
-    *[
-        f"--{name} 0"
-        for name in "num-envs num-steps total-timesteps update-epochs hidden-size torch-threads".split()
-    ],
+    *[f"--{name} 0" for name in "num-envs num-steps total-timesteps update-epochs hidden-size torch-threads".split()],
     *[f"--{name} 0" for name in "chunk-length num-workers eval-every eval-episodes save-every agent-blocks".split()],
     *[f"--{name} -3" for name in "num-envs num-workers agent-blocks".split()],
     *[f"--{name} {x}" for name in "learning-rate worker-timeout".split() for x in ("-0.1", "nan", "inf")],
