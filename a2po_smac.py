@@ -1227,7 +1227,7 @@ class Run:
         config["stretches"].append({"step": step, "changed": changed} | ran_on)
         file.write_text(json.dumps(config, indent=2) + "\n")
         print(f"{self.folder}, from step {step:,}" if step else self.folder)
-        cells = [f"  {name:<16} {value!s:<18}" for name, value in settings.items() if value not in ("", None)]
+        cells = [f"  {name:<18} {value!s:<16}" for name, value in settings.items() if value not in ("", None)]
         print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)))
         return config
 

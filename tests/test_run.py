@@ -86,7 +86,9 @@ def test_settings_are_a_table(train, capsys):
 
     run = train()
     shown = capsys.readouterr().out.splitlines()
-    assert "  map              3m                  simulator        smax                seed             3" in shown
+    table = [line for line in shown if line.startswith("  ")]
+    assert table[0] == f"  {'map':<18} {'3m':<16}  {'simulator':<18} {'smax':<16}  {'seed':<18} 3"
+    assert all(line[start - 1] == " " for line in table for start in (2, 21, 39, 58, 76, 95) if start < len(line))
     assert max(map(len, shown)) <= 120 and len(shown) < 20
     events = EventAccumulator(str(run.folder)).Reload()
     (tensor,) = events.Tensors("settings/text_summary")
