@@ -347,8 +347,8 @@ def main(args: "Args"):
     learned = {"actor": actor, "critic": critic, "normalizer": normalizer}
     learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, args.hidden_size, device=device) for name in ("actor", "critic")}
-    for network in (actor, critic) if args.compile else ():
-        network.compile(dynamic=True)
+    if args.compile:
+        actor.compile(dynamic=True), critic.compile(dynamic=True)
     run = Run(args, envs, device, learned, hidden)
     if args.eval_only:
         return run.report(evaluate(actor, envs, args.eval_episodes, device))
