@@ -508,6 +508,7 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
 def test_authors_settings():
     """Their launch scripts: epochs of MAPPO, CoPPO and HAPPO, and lambda 0.95; A2PO's critic steps."""
     tasks = "3s5z_vs_3s6z spread-3-0 Ant-4x2 Walker2d-2x3 Hopper-3x1 5_vs_5".split()
+    tasks += "HalfCheetah-2x3 Humanoid-9|8 HumanoidStandup-9|8".split()
     (as_in_tables, _), (theirs, _) = (
         jobs_of("figure3", "--seeds", "1", "--tasks", *tasks, *flag) for flag in ([], ["--authors-settings"])
     )
