@@ -13,7 +13,7 @@ agents; the engine's built-in AI plays the goalkeeper and the right team.
     python a2po_grf.py --scenario 5_vs_5
     python a2po_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper. What stands below only makes it run.
+Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class Settings:
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks that the agents are updated in; by default each agent is one"""
+    """number of blocks of agents, those of one are updated together; by default each agent is one"""
     cumulative_blocks: bool = False
     """with shared parameters every update trains earlier blocks again (authors' scripts; on MPE it learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
@@ -126,11 +126,11 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     """Preceding-agent off-policy correction, Eq. (2), as a backward recursion; O(T).
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}
+        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}        (at t + 1, as the action at t is given)
 
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N), rho = pi_hat / pi of the
-    joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
+    a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
+    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -144,8 +144,8 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
-    semi-greedy: even positions, from 0, take the remaining agent with the largest score (the paper leaves open whether
-    greed is first), odd ones a random remaining agent. `reverse` takes the smallest scores.
+    semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
+    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -182,19 +182,19 @@ def value_loss(values, old_values, targets, clip_coef, huber_delta):
 
 
 def masked_mean(x, sample, dim=None):
-    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    """Mean over the samples alone; sample is 0 where an agent is dead or after an episode's end, else 1."""
     return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
 
 
 def normalize_advantages(advantages, sample):
-    """Zero mean and unit variance over the samples of the update at hand."""
+    """Zero mean and unit variance over the samples of the update at hand (the paper does not say over which)."""
     mean = masked_mean(advantages, sample)
     std = masked_mean((advantages - mean).square(), sample).sqrt()
     return (advantages - mean) / (std + 1e-5)
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -304,7 +304,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -364,7 +364,7 @@ def main(args: "Args"):
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer}
     learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
-    run = Run(args, envs, device, learned, hidden)
+    run = Run(args, envs, device, learned, hidden)  # counts the steps, logs, saves, resumes
     if args.eval_only:
         return run.report(evaluate(actors, envs, args.eval_episodes, device))
 
@@ -381,7 +381,7 @@ def main(args: "Args"):
                         step["rewards"], step["terminated"], crashed = half.record(
                             step["actions"], *half.env.step_wait()
                         )
-                        step["final"] = torch.max(step["final"], crashed)  # a lost game's: no sample, the trace ends
+                        step["final"] = torch.max(step["final"], crashed)  # a crashed game's: no sample, the trace ends
                     step = half.look(device)
                     taken[h].append(step)
                     if t < args.num_steps:  # else it is what the last step's next value is of
@@ -390,7 +390,7 @@ def main(args: "Args"):
                         half.env.step_async(step["actions"].cpu().numpy())
             hidden["actor"] = torch.cat(states)
 
-            # Time-major: (T, N, n, ...), and one step more of what was seen.
+            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in taken[0][0]:
                 parts = [torch.stack([step[name] for step in steps if name in step]) for steps in taken]
@@ -399,7 +399,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
+            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             parts = zip(
                 critics, critic_inputs.chunk(len(critics), 2), hidden["critic"].chunk(len(critics), 1), strict=True
@@ -407,11 +407,11 @@ def main(args: "Args"):
             parts = [rollout_values(critic, inputs, before, rollout.start) for critic, inputs, before in parts]
             values, critic_hidden = (torch.cat(part, 2) for part in zip(*parts, strict=True))
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
-            hidden["critic"] = critic_hidden[-1]
+            hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Under the policy that sampled rho is 1, and Eq. (2) is GAE.
+            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -419,7 +419,7 @@ def main(args: "Args"):
             old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
-            # The order of the agents by E|A_i|, cut into blocks.
+            # The order of the agents by E|A_i|, once an iteration (appendix B.1), cut into blocks.
             scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))
             order = torch.tensor(agent_order(scores.cpu(), args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
@@ -469,9 +469,9 @@ def main(args: "Args"):
                             actor_optimizer.step()
 
                             inputs = critic_inputs[:-1].index_select(2, agents)
-                            states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
+                            stored, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
                             for _ in range(args.critic_steps):
-                                new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length)
+                                new_values = run_chunks(critic, inputs, stored, start, sample, args.chunk_length)
                                 new_values = new_values.squeeze(-1)
                                 losses = value_loss(
                                     new_values, old, normalized_targets, args.clip_coef, args.huber_delta
@@ -1071,7 +1071,7 @@ class Share:
         return {}, [pickle.dumps((final, game.get_state())) for final, game in zip(self.final, self.games, strict=True)]
 
     def set_state(self, states: list[bytes | None]):
-        """If one is of a lost game, all begin anew with the next step."""
+        """If one is of a game that crashed, all begin anew with the next step."""
         self.final = [True] * len(states)
         if None not in states:
             for k, state in enumerate(states):
@@ -1227,7 +1227,7 @@ class Games(gym.vector.VectorEnv):
         return [None if game is None else torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in games]
 
     def set_state(self, state: list[torch.Tensor | None]):
-        """A worker with a game that was lost on the way is lost whole."""
+        """A worker with a game that crashed on the way is lost whole."""
         games = [None if game is None else game.numpy().tobytes() for game in state]
         self._ask("set_state", games)
         self._answers()
@@ -1251,7 +1251,7 @@ class Episodes(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
         self.obs = None  # until the first reset
-        self.crashes = 0  # episodes that were dropped because a game was lost
+        self.crashes = 0  # episodes that were dropped because a game crashed
 
     def reset(self, *, seed=None, options=None):
         self.obs, info = self.env.reset(seed=seed, options=options)
@@ -1266,7 +1266,7 @@ class Episodes(gym.vector.VectorWrapper):
         return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
 
     def play(self, actions):
-        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game did, which makes no sample."""
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):

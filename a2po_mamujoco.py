@@ -13,7 +13,7 @@ critic; each moves some joints of a robot, and all of them see the whole robot.
     python a2po_mamujoco.py --scenario Ant --partition 4x2
     python a2po_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper. What stands below only makes it run.
+Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Settings:
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks that the agents are updated in (Table 9; where it has none, one for each agent)"""
+    """number of blocks of agents; those of one are updated together (Table 9; where it has none, one for each agent)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -120,11 +120,11 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     """Preceding-agent off-policy correction, Eq. (2), as a backward recursion; O(T).
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}
+        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}        (at t + 1, as the action at t is given)
 
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N), rho = pi_hat / pi of the
-    joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
+    a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
+    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -138,8 +138,8 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
-    semi-greedy: even positions, from 0, take the remaining agent with the largest score (the paper leaves open whether
-    greed is first), odd ones a random remaining agent. `reverse` takes the smallest scores.
+    semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
+    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -186,12 +186,12 @@ def value_loss(values, old_values, targets, clip_coef, huber_delta):
 
 
 def masked_mean(x, sample, dim=None):
-    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    """Mean over the samples alone; sample is 0 where an agent is dead or after an episode's end, else 1."""
     return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
 
 
 def normalize_advantages(advantages, sample):
-    """Zero mean and unit variance over the samples of the update at hand."""
+    """Zero mean and unit variance over the samples of the update at hand (the paper does not say over which)."""
     mean = masked_mean(advantages, sample)
     std = masked_mean((advantages - mean).square(), sample).sqrt()
     return (advantages - mean) / (std + 1e-5)
@@ -280,7 +280,7 @@ class ObservationNormalizer(nn.Module):
 def joint_policies(actors: nn.ModuleList):
     """All agents' policies in one batched pass: a function of obs (B, obs_dim) to mean (n, B, d) and std (n, 1, d).
 
-    It works on a copy of the parameters: make it anew when they have changed.
+    The same as calling every actor, but faster; on a copy of the parameters: make it anew when they have changed.
     """
     weights, _ = stack_module_state(list(actors))  # (n, ...)
     std = weights["log_std"].exp().unsqueeze(1)
@@ -329,7 +329,7 @@ def main(args: "Args"):
     gamma, gae_lambda = args.gamma, args.gae_lambda
     envs = make_envs(args)
     (obs_dim,) = envs.single_observation_space["obs"].shape
-    n, d = envs.single_action_space.shape
+    n, d = envs.single_action_space.shape  # agents, and the most joints that one has; has_joint (n, d)
     has_joint = torch.tensor(envs.unwrapped.has_joint, dtype=torch.float32, device=device)
     if args.agent_blocks > n:
         usage_error("--agent-blocks", args.agent_blocks, f"must be within 1 and {n}, the number of agents")
@@ -338,12 +338,12 @@ def main(args: "Args"):
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # Of all actors and of all critics: a step leaves those alone that have no gradient.
+    # One for all actors, one for all critics: a step leaves those networks alone that have no gradient.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
     learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    run = Run(args, envs, device, learned, hidden={})
+    run = Run(args, envs, device, learned, hidden={})  # counts the steps, logs, saves, resumes
     if args.eval_only:
         return run.report(evaluate(actors, obs_normalizer, make_envs(args, evaluation=True), device))
 
@@ -352,7 +352,7 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps, policies = [], joint_policies(actors)
             for _ in range(args.num_steps):
-                step = envs.look(device)
+                step = envs.look(device)  # what is seen, name -> (N, ...)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
                 obs_normalizer.update(seen)
@@ -370,13 +370,13 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is now.
+            # Values in units of return, by the normaliser before it moves.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Under the policies that sampled rho is 1, and Eq. (2) is GAE.
+            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -384,7 +384,7 @@ def main(args: "Args"):
             old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
-            # The order of the agents by E|A_i|, cut into blocks.
+            # The order of the agents by E|A_i|, once an iteration (appendix B.1), cut into blocks.
             scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))
             order = torch.tensor(agent_order(scores.cpu(), args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
@@ -393,12 +393,12 @@ def main(args: "Args"):
             joint_log_ratio = torch.zeros_like(done)  # of the whole actions of the agents that have been updated
             for position, agents in enumerate(blocks, start=1):
                 # Eq. (2): advantages, corrected for the preceding agents.
-                joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
+                preceding_ratio = joint_log_ratio.clamp(-20, 20).exp()
+                joint_ratio = preceding_ratio if args.preopc else unchanged
                 advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
                 targets = advantages + values[:-1]
 
                 # Eq. (6) with the clip of this position.
-                preceding_ratio = joint_log_ratio.clamp(-20, 20).exp()
                 eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
                 for _ in range(args.update_epochs):
                     for i in agents.tolist():
@@ -585,7 +585,7 @@ class Episodes(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
         self.obs = None  # until the first reset
-        self.crashes = 0  # episodes that were dropped because a game was lost
+        self.crashes = 0  # episodes that were dropped because a game crashed
 
     def reset(self, *, seed=None, options=None):
         self.obs, info = self.env.reset(seed=seed, options=options)
@@ -600,7 +600,7 @@ class Episodes(gym.vector.VectorWrapper):
         return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
 
     def play(self, actions):
-        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game did, which makes no sample."""
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):

@@ -13,7 +13,7 @@ game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
     python a2po_mpe.py --n-agents 3
     python a2po_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper. What stands below only makes it run.
+Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -81,11 +81,11 @@ class Settings:
     clip_coef: float = 0.2
     """base clipping parameter epsilon (Table 10)"""
     update_epochs: int = 8
-    """P, passes over the rollout (Table 10); each block gets ceil(P / blocks) of them (Algorithm 2)"""
+    """P (Table 10); ceil(P / blocks) passes over the rollout, in each one step for every block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks that the agents are updated in; by default each agent is one (Algorithm 2)"""
+    """number of blocks of agents, those of one are updated together; by default each agent is one (Algorithm 2)"""
     cumulative_blocks: bool = False
     """every update trains earlier blocks again (authors' scripts; 1.1 to 1.5 times the seconds, learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
@@ -117,11 +117,11 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     """Preceding-agent off-policy correction, Eq. (2), as a backward recursion; O(T).
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}
+        A_t     = delta_t + gamma lambda min(1, rho_{t+1}) A_{t+1}        (at t + 1, as the action at t is given)
 
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N), rho = pi_hat / pi of the
-    joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
+    a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
+    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -135,8 +135,8 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
-    semi-greedy: even positions, from 0, take the remaining agent with the largest score (the paper leaves open whether
-    greed is first), odd ones a random remaining agent. `reverse` takes the smallest scores.
+    semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
+    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -173,19 +173,19 @@ def value_loss(values, old_values, targets, clip_coef, huber_delta):
 
 
 def masked_mean(x, sample, dim=None):
-    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    """Mean over the samples alone; sample is 0 where an agent is dead or after an episode's end, else 1."""
     return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
 
 
 def normalize_advantages(advantages, sample):
-    """Zero mean and unit variance over the samples of the update at hand."""
+    """Zero mean and unit variance over the samples of the update at hand (the paper does not say over which)."""
     mean = masked_mean(advantages, sample)
     std = masked_mean((advantages - mean).square(), sample).sqrt()
     return (advantages - mean) / (std + 1e-5)
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -290,7 +290,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -345,7 +345,7 @@ def main(args: "Args"):
     hidden = {name: torch.zeros(args.num_envs, n, args.hidden_size, device=device) for name in ("actor", "critic")}
     if args.compile:
         actor.compile(dynamic=True), critic.compile(dynamic=True)
-    run = Run(args, envs, device, learned, hidden)
+    run = Run(args, envs, device, learned, hidden)  # counts the steps, logs, saves, resumes
     if args.eval_only:
         return run.report(evaluate(actor, envs, args.eval_episodes, device))
 
@@ -354,15 +354,15 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps = []
             for _ in range(args.num_steps):
-                step = envs.look(device)
+                step = envs.look(device)  # what is seen, name -> (N, ...)
                 step["actor_hidden"] = hidden["actor"]
                 step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
                 step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
-                step["final"] = torch.max(step["final"], crashed)  # a lost game's step: no sample, the trace ends
+                step["final"] = torch.max(step["final"], crashed)  # a game that crashed: no sample, the trace ends
                 steps.append(step)
             steps.append(envs.look(device))  # what the last step's next value is of
 
-            # Time-major: (T, N, n, ...), and one step more of what was seen.
+            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in steps[0]:
                 setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
@@ -370,15 +370,15 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
+            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
-            hidden["critic"] = critic_hidden[-1]
+            hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Under the policy that sampled rho is 1, and Eq. (2) is GAE.
+            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -386,7 +386,7 @@ def main(args: "Args"):
             old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
-            # The order of the agents by E|A_i|, cut into blocks.
+            # The order of the agents by E|A_i|, once an iteration (appendix B.1), cut into blocks.
             scores = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))
             order = torch.tensor(agent_order(scores.cpu(), args.agent_order, torch.default_generator), device=device)
             blocks = order.tensor_split(args.agent_blocks)
@@ -403,18 +403,16 @@ def main(args: "Args"):
                         others_log_ratio, _ = policy_change(actor, rollout, others)
                     joint_log_ratio = log_ratio.detach().sum(-1) + others_log_ratio.sum(-1)
 
-                    # Eq. (2): the block's advantages, corrected for all policies that have changed.
+                    # Eq. (2): advantages, corrected for all policies that have changed; the values stay the rollout's.
                     joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
-                    advantages = preopc_advantages(
-                        rewards[..., agents], values[..., agents], terminated, done, joint_ratio, gamma, gae_lambda
-                    )
-                    targets = advantages + values[:-1, :, agents]
+                    advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
+                    targets = advantages + values[:-1]
 
-                    # Eq. (6) with the clip of this position; the preceding agents are everyone but i.
+                    # Eq. (6) with the clip of this position; all others precede an agent, its block-mates too.
                     ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
                     preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
                     eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
-                    normalized_advantages = normalize_advantages(advantages, sample)
+                    normalized_advantages = normalize_advantages(advantages[..., agents], sample)
                     surrogate = clipped_surrogate(ratio, preceding_ratio, normalized_advantages, eps_k)
                     policy_loss = -masked_mean(surrogate, sample)
                     entropy = masked_mean(entropy, sample)
@@ -424,17 +422,17 @@ def main(args: "Args"):
                     actor_optimizer.step()
 
                     inputs = critic_inputs[:-1].index_select(2, agents)
-                    states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
-                    normalized_targets, old = normalizer.normalize(targets), old_values[..., agents]
+                    stored, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
+                    normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[..., agents]
                     for _ in range(args.critic_steps):
-                        new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length).squeeze(-1)
+                        new_values = run_chunks(critic, inputs, stored, start, sample, args.chunk_length).squeeze(-1)
                         losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                         critic_loss = masked_mean(losses, sample)
                         critic_optimizer.zero_grad()
                         critic_loss.backward()
                         critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                         critic_optimizer.step()
-                    scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # for the log
+                    scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # for the log
                     ratios = ratio_statistics(log_ratio, preceding_ratio, sample, eps_k)
                     run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                     run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
@@ -695,7 +693,7 @@ class Share:
         return {}, [pickle.dumps((final, game.get_state())) for final, game in zip(self.final, self.games, strict=True)]
 
     def set_state(self, states: list[bytes | None]):
-        """If one is of a lost game, all begin anew with the next step."""
+        """If one is of a game that crashed, all begin anew with the next step."""
         self.final = [True] * len(states)
         if None not in states:
             for k, state in enumerate(states):
@@ -851,7 +849,7 @@ class Games(gym.vector.VectorEnv):
         return [None if game is None else torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in games]
 
     def set_state(self, state: list[torch.Tensor | None]):
-        """A worker with a game that was lost on the way is lost whole."""
+        """A worker with a game that crashed on the way is lost whole."""
         games = [None if game is None else game.numpy().tobytes() for game in state]
         self._ask("set_state", games)
         self._answers()
@@ -875,7 +873,7 @@ class Episodes(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
         self.obs = None  # until the first reset
-        self.crashes = 0  # episodes that were dropped because a game was lost
+        self.crashes = 0  # episodes that were dropped because a game crashed
 
     def reset(self, *, seed=None, options=None):
         self.obs, info = self.env.reset(seed=seed, options=options)
@@ -890,7 +888,7 @@ class Episodes(gym.vector.VectorWrapper):
         return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
 
     def play(self, actions):
-        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game did, which makes no sample."""
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):

@@ -6,14 +6,14 @@
 """CoPPO (coordinated PPO, Wu et al., 2021) on Google Research Football's game engine.
 
 The baseline that updates all agents simultaneously but weighs each with the clipped ratio of all others. It is CoPPO
-without its credit-assignment mixer, as in the A2PO paper's comparison. Parameters are each agent's own or shared by
-all. Actor and critic are recurrent. All outfield players of the left team are agents; the engine's built-in AI plays
+without its credit-assignment mixer, of which the A2PO paper does not speak. Parameters are each agent's own or shared
+by all. Actor and critic are recurrent. All outfield players of the left team are agents; the engine's built-in AI plays
 the goalkeeper and the right team.
 
     python coppo_grf.py --scenario 5_vs_5
     python coppo_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper. What stands below only makes it run.
+Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -117,8 +117,8 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma lambda A_{t+1}
 
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
+    a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -167,19 +167,19 @@ def value_loss(values, old_values, targets, clip_coef, huber_delta):
 
 
 def masked_mean(x, sample, dim=None):
-    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    """Mean over the samples alone; sample is 0 where an agent is dead or after an episode's end, else 1."""
     return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
 
 
 def normalize_advantages(advantages, sample):
-    """Zero mean and unit variance over the samples of the update at hand."""
+    """Zero mean and unit variance over the samples of the update at hand (the paper does not say over which)."""
     mean = masked_mean(advantages, sample)
     std = masked_mean((advantages - mean).square(), sample).sqrt()
     return (advantages - mean) / (std + 1e-5)
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean, of the same return, replaces it."""
+    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -289,7 +289,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -345,7 +345,7 @@ def main(args: "Args"):
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer}
     learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     hidden = {name: torch.zeros(args.num_envs, n, H, device=device) for name in ("actor", "critic")}
-    run = Run(args, envs, device, learned, hidden)
+    run = Run(args, envs, device, learned, hidden)  # counts the steps, logs, saves, resumes
     if args.eval_only:
         return run.report(evaluate(actors, envs, args.eval_episodes, device))
 
@@ -362,7 +362,7 @@ def main(args: "Args"):
                         step["rewards"], step["terminated"], crashed = half.record(
                             step["actions"], *half.env.step_wait()
                         )
-                        step["final"] = torch.max(step["final"], crashed)  # a lost game's: no sample, the trace ends
+                        step["final"] = torch.max(step["final"], crashed)  # a crashed game's: no sample, the trace ends
                     step = half.look(device)
                     taken[h].append(step)
                     if t < args.num_steps:  # else it is what the last step's next value is of
@@ -371,7 +371,7 @@ def main(args: "Args"):
                         half.env.step_async(step["actions"].cpu().numpy())
             hidden["actor"] = torch.cat(states)
 
-            # Time-major: (T, N, n, ...), and one step more of what was seen.
+            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in taken[0][0]:
                 parts = [torch.stack([step[name] for step in steps if name in step]) for steps in taken]
@@ -380,7 +380,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is now; the critic sees the state and the agent's view.
+            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             parts = zip(
                 critics, critic_inputs.chunk(len(critics), 2), hidden["critic"].chunk(len(critics), 1), strict=True
@@ -388,7 +388,7 @@ def main(args: "Args"):
             parts = [rollout_values(critic, inputs, before, rollout.start) for critic, inputs, before in parts]
             values, critic_hidden = (torch.cat(part, 2) for part in zip(*parts, strict=True))
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
-            hidden["critic"] = critic_hidden[-1]
+            hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
@@ -424,9 +424,9 @@ def main(args: "Args"):
                     actor_optimizer.step()
 
                     inputs = critic_inputs[:-1].index_select(2, agents)
-                    states, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
+                    stored, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
                     for _ in range(args.critic_steps):
-                        new_values = run_chunks(critic, inputs, states, start, sample, args.chunk_length).squeeze(-1)
+                        new_values = run_chunks(critic, inputs, stored, start, sample, args.chunk_length).squeeze(-1)
                         losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                         critic_loss = masked_mean(losses, sample)
                         critic_optimizer.zero_grad()
@@ -1012,7 +1012,7 @@ class Share:
         return {}, [pickle.dumps((final, game.get_state())) for final, game in zip(self.final, self.games, strict=True)]
 
     def set_state(self, states: list[bytes | None]):
-        """If one is of a lost game, all begin anew with the next step."""
+        """If one is of a game that crashed, all begin anew with the next step."""
         self.final = [True] * len(states)
         if None not in states:
             for k, state in enumerate(states):
@@ -1168,7 +1168,7 @@ class Games(gym.vector.VectorEnv):
         return [None if game is None else torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in games]
 
     def set_state(self, state: list[torch.Tensor | None]):
-        """A worker with a game that was lost on the way is lost whole."""
+        """A worker with a game that crashed on the way is lost whole."""
         games = [None if game is None else game.numpy().tobytes() for game in state]
         self._ask("set_state", games)
         self._answers()
@@ -1192,7 +1192,7 @@ class Episodes(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
         self.obs = None  # until the first reset
-        self.crashes = 0  # episodes that were dropped because a game was lost
+        self.crashes = 0  # episodes that were dropped because a game crashed
 
     def reset(self, *, seed=None, options=None):
         self.obs, info = self.env.reset(seed=seed, options=options)
@@ -1207,7 +1207,7 @@ class Episodes(gym.vector.VectorWrapper):
         return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
 
     def play(self, actions):
-        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game did, which makes no sample."""
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):

@@ -13,7 +13,7 @@ robot.
     python mappo_mamujoco.py --scenario Ant --partition 4x2
     python mappo_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper. What stands below only makes it run.
+Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -114,8 +114,8 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma lambda A_{t+1}
 
-    rewards (T, N, n) or (T, N, 1); values (T+1, N, n) in units of return; terminated, done (T, N): a terminal state is
-    worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
+    rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
+    a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace. Returns (T, N, n).
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -169,12 +169,12 @@ def value_loss(values, old_values, targets, clip_coef, huber_delta):
 
 
 def masked_mean(x, sample, dim=None):
-    """Mean over the samples alone; sample is 0 for a dead agent's step or a filler step, else 1."""
+    """Mean over the samples alone; sample is 0 where an agent is dead or after an episode's end, else 1."""
     return (x * sample).sum(dim) / sample.sum(dim).clamp(min=1)
 
 
 def normalize_advantages(advantages, sample):
-    """Zero mean and unit variance over the samples of the update at hand."""
+    """Zero mean and unit variance over the samples of the update at hand (the paper does not say over which)."""
     mean = masked_mean(advantages, sample)
     std = masked_mean((advantages - mean).square(), sample).sqrt()
     return (advantages - mean) / (std + 1e-5)
@@ -263,7 +263,7 @@ class ObservationNormalizer(nn.Module):
 def joint_policies(actors: nn.ModuleList):
     """All agents' policies in one batched pass: a function of obs (B, obs_dim) to mean (n, B, d) and std (n, 1, d).
 
-    It works on a copy of the parameters: make it anew when they have changed.
+    The same as calling every actor, but faster; on a copy of the parameters: make it anew when they have changed.
     """
     weights, _ = stack_module_state(list(actors))  # (n, ...)
     std = weights["log_std"].exp().unsqueeze(1)
@@ -312,19 +312,19 @@ def main(args: "Args"):
     gamma, gae_lambda = args.gamma, args.gae_lambda
     envs = make_envs(args)
     (obs_dim,) = envs.single_observation_space["obs"].shape
-    n, d = envs.single_action_space.shape
+    n, d = envs.single_action_space.shape  # agents, and the most joints that one has; has_joint (n, d)
     has_joint = torch.tensor(envs.unwrapped.has_joint, dtype=torch.float32, device=device)
 
     actors = nn.ModuleList([GaussianActor(obs_dim, d, args.hidden_size) for _ in range(n)]).to(device)
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # Of all actors and of all critics: a step leaves those alone that have no gradient.
+    # One for all actors, one for all critics: a step leaves those networks alone that have no gradient.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
     learned |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    run = Run(args, envs, device, learned, hidden={})
+    run = Run(args, envs, device, learned, hidden={})  # counts the steps, logs, saves, resumes
     if args.eval_only:
         return run.report(evaluate(actors, obs_normalizer, make_envs(args, evaluation=True), device))
 
@@ -333,7 +333,7 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps, policies = [], joint_policies(actors)
             for _ in range(args.num_steps):
-                step = envs.look(device)
+                step = envs.look(device)  # what is seen, name -> (N, ...)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
                 obs_normalizer.update(seen)
@@ -351,7 +351,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is now.
+            # Values in units of return, by the normaliser before it moves.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
             run.lap("rollout")
@@ -542,7 +542,7 @@ class Episodes(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
         self.obs = None  # until the first reset
-        self.crashes = 0  # episodes that were dropped because a game was lost
+        self.crashes = 0  # episodes that were dropped because a game crashed
 
     def reset(self, *, seed=None, options=None):
         self.obs, info = self.env.reset(seed=seed, options=options)
@@ -557,7 +557,7 @@ class Episodes(gym.vector.VectorWrapper):
         return {name: torch.as_tensor(value, device=device) for name, value in seen.items()}
 
     def play(self, actions):
-        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game was lost, which makes no sample."""
+        """A step: rewards (N, n); and (N,) terminated, and crashed, 1 where a game did, which makes no sample."""
         return self.record(actions, *self.env.step(actions.cpu().numpy()))
 
     def record(self, actions, obs, rewards, terminated, truncated, info):

@@ -51,8 +51,8 @@ SECTIONS += ["environments", "the run"]
 STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
-    "a2po_smac": (470, 1514),
-    "a2po_mpe": (453, 1391),
+    "a2po_smac": (468, 1512),
+    "a2po_mpe": (451, 1389),
     "a2po_mamujoco": (448, 1108),
     "a2po_grf": (506, 1836),
 }
