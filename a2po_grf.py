@@ -8,7 +8,7 @@
 Parameters are each agent's own (the paper's Algorithm 1) or shared by all (Algorithm 2): one rollout, then agents or
 blocks of agents one after the other (semi-greedy order), each with its own PreOPC advantage (Eq. 2), the twice-clipped
 objective (Eq. 6) and the adaptive clip. Actor and critic are recurrent. All outfield players of the left team are
-agents; the engine's built-in AI plays the goalkeeper and the right team.
+agents, in the counter-attack drills the four attackers; the engine's built-in AI plays everyone else.
 
     python a2po_grf.py --scenario 5_vs_5
     python a2po_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -65,8 +65,8 @@ class Settings:
     num_envs: int = 24
     """games played at once (the authors' setting), in two halves that take turns"""
     num_steps: int | None = None
-    """steps of each game per iteration; by default a whole game: 3,000 in a match, which makes the authors' 72,000 in
-    all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
+    """steps of each game per iteration; by default a game's less its last: 3,000 in a match, which makes the authors'
+    72,000 in all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
 
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""
@@ -75,9 +75,9 @@ class Settings:
     reward_position: float = 1.0
     """weight of the distance, in half pitches, that the ball has come closer to the opponent's goal"""
     reward_ball_gained: float = 0.1
-    """weight of +1 for winning the ball from the opponent (the authors' setting)"""
+    """weight of +1 for winning the ball from the opponent (the authors' weight)"""
     reward_ball_lost: float = 0.1
-    """weight of -1 for losing the ball to the opponent (the authors' setting)"""
+    """weight of -1 for losing the ball to the opponent (the authors' weight)"""
     reward_out: float = 0.1
     """weight of -1 when play stops and the opponent has the restart"""
 
@@ -93,8 +93,8 @@ class Settings:
     clip_coef: float = 0.25
     """base clipping parameter epsilon (Table 11)"""
     update_epochs: int = 10
-    """P, passes over the rollout (Table 11): of every agent with parameters of its own (Algorithm 1), else each block
-    gets ceil(P / blocks) of them (Algorithm 2)"""
+    """P (Table 11): every agent with parameters of its own takes P passes over the rollout (Algorithm 1); with shared
+    ones there are ceil(P / blocks) passes, in each one step for every block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
@@ -118,7 +118,7 @@ class Settings:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
-    """width of all hidden layers and of the GRU (MAPPO default)"""
+    """width of all hidden layers and of the GRU (MAPPO default; the authors have deeper networks, in 5-vs-5 of 128)"""
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -194,7 +194,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
+    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -354,9 +354,9 @@ def main(args: "Args"):
 
     # One network of each kind that all agents share, or one for each agent.
     H, shared = args.hidden_size, args.share_parameters
-    networks = range(1 if shared else n)
-    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in networks]).to(device)
-    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in networks]).to(device)
+    count = 1 if shared else n
+    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
+    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
     # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -372,7 +372,7 @@ def main(args: "Args"):
         while run.goes_on():
             # ------------------------------------------------------------------------------------------- rollout
             # In turns: the workers play one half of the games while the policy looks at the other.
-            states = list(hidden["actor"].split([half.num_envs for half in envs.halves]))
+            states = list(hidden["actor"].split(envs.sizes))
             taken = [[] for _ in envs.halves]  # the steps of each half
             for t in range(args.num_steps + 1):
                 for h, half in enumerate(envs.halves):
@@ -401,11 +401,9 @@ def main(args: "Args"):
             torch.set_num_threads(args.torch_threads)
             # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
-            parts = zip(
-                critics, critic_inputs.chunk(len(critics), 2), hidden["critic"].chunk(len(critics), 1), strict=True
-            )
-            parts = [rollout_values(critic, inputs, before, rollout.start) for critic, inputs, before in parts]
-            values, critic_hidden = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+            inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
+            results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]
+            values, critic_hidden = (torch.cat(result, 2) for result in zip(*results, strict=True))
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
             hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
@@ -434,23 +432,20 @@ def main(args: "Args"):
                 for position, block in enumerate(blocks, start=1):
                     if shared:  # every update moves all policies, so everyone's ratio is needed anew
                         with torch.no_grad():
-                            log_ratio, _ = policy_change(actors[0], rollout, everyone)
-                        joint_log_ratio = log_ratio.sum(-1)
+                            joint_log_ratio = policy_change(actors[0], rollout, everyone)[0].sum(-1)
+
+                    # Eq. (2): advantages, corrected for all policies that have changed; the values stay the rollout's.
                     joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
+                    advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
+                    targets = advantages + values[:-1]
                     eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
 
                     # A shared network learns from the whole block, one agent's own from that agent.
                     for agents in [block] if shared else block.split(1):
                         actor, critic = (actors[0], critics[0]) if shared else (actors[agents], critics[agents])
                         sample = rollout.sample[..., agents]
-
-                        # Eq. (2): the agents' advantages, corrected for all policies that have changed.
-                        advantages = preopc_advantages(
-                            rewards[..., agents], values[..., agents], terminated, done, joint_ratio, gamma, gae_lambda
-                        )
-                        targets = advantages + values[:-1, :, agents]
-                        normalized_advantages = normalize_advantages(advantages, sample)
-                        normalized_targets, old = normalizer.normalize(targets), old_values[..., agents]
+                        normalized_advantages = normalize_advantages(advantages[..., agents], sample)
+                        normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[..., agents]
 
                         for _ in range(epochs):
                             log_ratio, entropy = policy_change(actor, rollout, agents)
@@ -485,13 +480,12 @@ def main(args: "Args"):
                             run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy)
                             run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm, **ratios)
                             run.note(f"a2po/position_{position}", **ratios)
-                        scores[agents] = masked_mean(advantages.abs(), sample, dim=(0, 1))  # for the log
+                        scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # for the log
 
                     if not shared:  # the ratio is extended by the block just updated
                         with torch.no_grad():
                             for agents in block.split(1):
-                                log_ratio, _ = policy_change(actors[agents], rollout, agents)
-                                joint_log_ratio = joint_log_ratio + log_ratio.sum(-1)
+                                joint_log_ratio += policy_change(actors[agents], rollout, agents)[0].sum(-1)
             by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
@@ -562,7 +556,7 @@ class Scenario(NamedTuple):
     """players, the goalkeeper included"""
     right: int
     steps: int
-    """until the final whistle"""
+    """the engine's game_duration; an episode has one step more"""
 
 
 SCENARIOS = {
@@ -810,8 +804,8 @@ class Behaviour:
     is the nearest player. Play *stops* when the game mode leaves normal or when the score changes.
 
     goal        goals that the left team scored.
-    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of some
-                ten passes that mostly fail it cannot be lost balls.)
+    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of
+                eight to ten passes, of which three to six fail, it cannot be lost balls.)
     score       goals scored less conceded.
     won         1 if it is positive, else 0.
     pass        passes completed: an agent chose a pass no more than 20 steps before it last owned the ball (the engine

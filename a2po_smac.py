@@ -84,7 +84,7 @@ class Settings:
     agent_blocks: int | None = None
     """number of blocks of agents; those of one are updated together (Table 7 by map; at most one for each agent)"""
     cumulative_blocks: bool = False
-    """every update trains earlier blocks again (authors' scripts; 1.1 to 1.5 times the seconds, learns no faster)"""
+    """every update trains earlier blocks again (authors' scripts; 1.5 times the seconds, learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -202,7 +202,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
+    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 

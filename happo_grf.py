@@ -8,7 +8,7 @@
 The baseline that updates agents one after the other, in random order: one rollout, GAE, and each agent's advantage
 multiplied by the unclipped ratio of the agents that have changed before it. Parameters are each agent's own, as HAPPO
 has them, or shared by all, where everyone has changed. Actor and critic are recurrent. All outfield players of the left
-team are agents; the engine's built-in AI plays the goalkeeper and the right team.
+team are agents, in the counter-attack drills the four attackers; the engine's built-in AI plays everyone else.
 
     python happo_grf.py --scenario 5_vs_5
     python happo_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -65,8 +65,8 @@ class Settings:
     num_envs: int = 24
     """games played at once (the authors' setting), in two halves that take turns"""
     num_steps: int | None = None
-    """steps of each game per iteration; by default a whole game: 3,000 in a match, which makes the authors' 72,000 in
-    all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
+    """steps of each game per iteration; by default a game's less its last: 3,000 in a match, which makes the authors'
+    72,000 in all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
 
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""
@@ -75,9 +75,9 @@ class Settings:
     reward_position: float = 1.0
     """weight of the distance, in half pitches, that the ball has come closer to the opponent's goal"""
     reward_ball_gained: float = 0.1
-    """weight of +1 for winning the ball from the opponent (the authors' setting)"""
+    """weight of +1 for winning the ball from the opponent (the authors' weight)"""
     reward_ball_lost: float = 0.1
-    """weight of -1 for losing the ball to the opponent (the authors' setting)"""
+    """weight of -1 for losing the ball to the opponent (the authors' weight)"""
     reward_out: float = 0.1
     """weight of -1 when play stops and the opponent has the restart"""
 
@@ -93,8 +93,8 @@ class Settings:
     clip_coef: float = 0.25
     """base clipping parameter epsilon (Table 11)"""
     update_epochs: int = 10
-    """P, passes over the rollout (Table 11): of every agent with parameters of its own (Algorithm 1), else each block
-    gets ceil(P / blocks) of them (Algorithm 2)"""
+    """P (Table 11): every agent with parameters of its own takes P passes over the rollout (Algorithm 1); with shared
+    ones there are ceil(P / blocks) passes, in each one step for every block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
@@ -110,7 +110,7 @@ class Settings:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
-    """width of all hidden layers and of the GRU (MAPPO default)"""
+    """width of all hidden layers and of the GRU (MAPPO default; the authors have deeper networks, in 5-vs-5 of 128)"""
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -180,7 +180,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
+    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -338,9 +338,9 @@ def main(args: "Args"):
 
     # One network of each kind that all agents share, or one for each agent.
     H, shared = args.hidden_size, args.share_parameters
-    networks = range(1 if shared else n)
-    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in networks]).to(device)
-    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in networks]).to(device)
+    count = 1 if shared else n
+    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
+    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
     # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -356,7 +356,7 @@ def main(args: "Args"):
         while run.goes_on():
             # ------------------------------------------------------------------------------------------- rollout
             # In turns: the workers play one half of the games while the policy looks at the other.
-            states = list(hidden["actor"].split([half.num_envs for half in envs.halves]))
+            states = list(hidden["actor"].split(envs.sizes))
             taken = [[] for _ in envs.halves]  # the steps of each half
             for t in range(args.num_steps + 1):
                 for h, half in enumerate(envs.halves):
@@ -385,11 +385,9 @@ def main(args: "Args"):
             torch.set_num_threads(args.torch_threads)
             # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
-            parts = zip(
-                critics, critic_inputs.chunk(len(critics), 2), hidden["critic"].chunk(len(critics), 1), strict=True
-            )
-            parts = [rollout_values(critic, inputs, before, rollout.start) for critic, inputs, before in parts]
-            values, critic_hidden = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+            inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
+            results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]
+            values, critic_hidden = (torch.cat(result, 2) for result in zip(*results, strict=True))
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
             hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
@@ -413,8 +411,7 @@ def main(args: "Args"):
                 for block in blocks:
                     if shared:  # every update moves all policies, so everyone's ratio is needed anew
                         with torch.no_grad():
-                            log_ratio, _ = policy_change(actors[0], rollout, everyone)
-                        joint_log_ratio = log_ratio.sum(-1)
+                            joint_log_ratio = policy_change(actors[0], rollout, everyone)[0].sum(-1)
                     if args.preopc:
                         joint_ratio = joint_log_ratio.clamp(-20, 20).exp()
                         advantages = preopc_advantages(
@@ -464,8 +461,7 @@ def main(args: "Args"):
                     if not shared:  # the ratio is extended by the block just updated
                         with torch.no_grad():
                             for agents in block.split(1):
-                                log_ratio, _ = policy_change(actors[agents], rollout, agents)
-                                joint_log_ratio = joint_log_ratio + log_ratio.sum(-1)
+                                joint_log_ratio += policy_change(actors[agents], rollout, agents)[0].sum(-1)
             run.note("happo/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.lap("update")
             torch.set_num_threads(1)
@@ -534,7 +530,7 @@ class Scenario(NamedTuple):
     """players, the goalkeeper included"""
     right: int
     steps: int
-    """until the final whistle"""
+    """the engine's game_duration; an episode has one step more"""
 
 
 SCENARIOS = {
@@ -782,8 +778,8 @@ class Behaviour:
     is the nearest player. Play *stops* when the game mode leaves normal or when the score changes.
 
     goal        goals that the left team scored.
-    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of some
-                ten passes that mostly fail it cannot be lost balls.)
+    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of
+                eight to ten passes, of which three to six fail, it cannot be lost balls.)
     score       goals scored less conceded.
     won         1 if it is positive, else 0.
     pass        passes completed: an agent chose a pass no more than 20 steps before it last owned the ball (the engine

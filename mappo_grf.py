@@ -7,7 +7,7 @@
 
 The baseline that updates all agents simultaneously: one rollout, GAE, and PPO's clipped objective for each agent for
 itself. Parameters are each agent's own or shared by all. Actor and critic are recurrent. All outfield players of the
-left team are agents; the engine's built-in AI plays the goalkeeper and the right team.
+left team are agents, in the counter-attack drills the four attackers; the engine's built-in AI plays everyone else.
 
     python mappo_grf.py --scenario 5_vs_5
     python mappo_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -64,8 +64,8 @@ class Settings:
     num_envs: int = 24
     """games played at once (the authors' setting), in two halves that take turns"""
     num_steps: int | None = None
-    """steps of each game per iteration; by default a whole game: 3,000 in a match, which makes the authors' 72,000 in
-    all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
+    """steps of each game per iteration; by default a game's less its last: 3,000 in a match, which makes the authors'
+    72,000 in all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
 
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""
@@ -74,9 +74,9 @@ class Settings:
     reward_position: float = 1.0
     """weight of the distance, in half pitches, that the ball has come closer to the opponent's goal"""
     reward_ball_gained: float = 0.1
-    """weight of +1 for winning the ball from the opponent (the authors' setting)"""
+    """weight of +1 for winning the ball from the opponent (the authors' weight)"""
     reward_ball_lost: float = 0.1
-    """weight of -1 for losing the ball to the opponent (the authors' setting)"""
+    """weight of -1 for losing the ball to the opponent (the authors' weight)"""
     reward_out: float = 0.1
     """weight of -1 when play stops and the opponent has the restart"""
 
@@ -106,7 +106,7 @@ class Settings:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     hidden_size: int = 64
-    """width of all hidden layers and of the GRU (MAPPO default)"""
+    """width of all hidden layers and of the GRU (MAPPO default; the authors have deeper networks, in 5-vs-5 of 128)"""
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -173,7 +173,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
+    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -329,9 +329,9 @@ def main(args: "Args"):
 
     # One network of each kind that all agents share, or one for each agent.
     H, shared = args.hidden_size, args.share_parameters
-    networks = range(1 if shared else n)
-    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in networks]).to(device)
-    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in networks]).to(device)
+    count = 1 if shared else n
+    actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
+    critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
     # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -347,7 +347,7 @@ def main(args: "Args"):
         while run.goes_on():
             # ------------------------------------------------------------------------------------------- rollout
             # In turns: the workers play one half of the games while the policy looks at the other.
-            states = list(hidden["actor"].split([half.num_envs for half in envs.halves]))
+            states = list(hidden["actor"].split(envs.sizes))
             taken = [[] for _ in envs.halves]  # the steps of each half
             for t in range(args.num_steps + 1):
                 for h, half in enumerate(envs.halves):
@@ -376,11 +376,9 @@ def main(args: "Args"):
             torch.set_num_threads(args.torch_threads)
             # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
-            parts = zip(
-                critics, critic_inputs.chunk(len(critics), 2), hidden["critic"].chunk(len(critics), 1), strict=True
-            )
-            parts = [rollout_values(critic, inputs, before, rollout.start) for critic, inputs, before in parts]
-            values, critic_hidden = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+            inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
+            results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]
+            values, critic_hidden = (torch.cat(result, 2) for result in zip(*results, strict=True))
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
             hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
@@ -499,7 +497,7 @@ class Scenario(NamedTuple):
     """players, the goalkeeper included"""
     right: int
     steps: int
-    """until the final whistle"""
+    """the engine's game_duration; an episode has one step more"""
 
 
 SCENARIOS = {
@@ -747,8 +745,8 @@ class Behaviour:
     is the nearest player. Play *stops* when the game mode leaves normal or when the score changes.
 
     goal        goals that the left team scored.
-    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of some
-                ten passes that mostly fail it cannot be lost balls.)
+    lost        goals that it conceded. (The paper does not say what "Lost" is; with 0.5 to 1 of them in a game of
+                eight to ten passes, of which three to six fail, it cannot be lost balls.)
     score       goals scored less conceded.
     won         1 if it is positive, else 0.
     pass        passes completed: an agent chose a pass no more than 20 steps before it last owned the ball (the engine

@@ -164,7 +164,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); a dead agent's is not trained: its living team-mates' mean replaces it (our choice)."""
+    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
