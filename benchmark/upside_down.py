@@ -2,7 +2,7 @@
 
     python benchmark/upside_down.py runs/*/checkpoint.pt --out upside-down.json
 
-Four episodes of 1,000 steps for each checkpoint; on its back is where the torso's angle has a negative cosine.
+32 episodes of 1,000 steps for each checkpoint; on its back is where the torso's angle has a negative cosine.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.cli import parse_args  # noqa: E402
 
-EPISODES, STEPS, TORSO_ANGLE = 4, 1000, 1
+EPISODES, STEPS, TORSO_ANGLE = 32, 1000, 1
 
 
 @dataclass
