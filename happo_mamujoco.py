@@ -58,7 +58,7 @@ class Settings:
     partition: str | None = None
     """how its joints are shared out, such as 4x2 (4 agents with 2 joints) or 9|8; by default the robot's first one"""
     env_version: Literal["v2", "v3", "v4", "v5"] = "v5"
-    """version of the task in Gymnasium's numbering; the paper's are v2, the nearest that runs today is v3"""
+    """version of the task in Gymnasium's numbering; the paper's are v2, the nearest today v3 (HumanoidStandup: v2)"""
     seed: int = 1
     """seed of the networks, the sampling and the simulator"""
     total_timesteps: int = 10_000_000
@@ -243,7 +243,7 @@ class ValueNormalizer(nn.Module):
 
 
 class ObservationNormalizer(nn.Module):
-    """Running mean and variance of the observations; normalised ones are clipped to 10 (as Gymnasium and SB3 do)."""
+    """Running mean and variance of the observations; normalised ones are clipped to 10 (as SB3 and CleanRL do)."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -406,7 +406,7 @@ def main(args: "Args"):
                             critic_loss.backward()
                             critic_norm = nn.utils.clip_grad_norm_(critics[i].parameters(), args.max_grad_norm)
                             critic_optimizer.step()
-                        ratios = ratio_statistics(ratio.log(), torch.ones_like(ratio), sample, args.clip_coef)
+                        ratios = ratio_statistics(ratio, log_ratios, torch.ones_like(ratio), sample, args.clip_coef)
                         run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                         run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
 
@@ -454,12 +454,13 @@ def explained_variance(advantages, targets, sample):
 
 
 @torch.no_grad()
-def ratio_statistics(log_ratio, preceding_ratio, sample, clip_coef):
-    """Of the ratios in an update: the mean, the approximate KL divergence, and the shares of what is clipped."""
-    ratio, preceding = log_ratio.exp(), preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
+def ratio_statistics(ratio, log_ratios, preceding_ratio, sample, clip_coef):
+    """Mean ratio, approximate KL divergence (of whole actions, from log_ratios), and the shares of what is clipped."""
+    log_ratio = log_ratios.sum(-1).clamp(-20, 20)
+    preceding = preceding_ratio.clamp(1 - clip_coef / 2, 1 + clip_coef / 2)
     return {
         "ratio": masked_mean(ratio, sample),
-        "approx_kl": masked_mean(ratio - 1 - log_ratio, sample),
+        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, sample),
         "clipfrac": masked_mean(((ratio * preceding - 1).abs() > clip_coef).float(), sample),
         "preceding_clipfrac": masked_mean((preceding != preceding_ratio).float(), sample),
     }
@@ -621,7 +622,7 @@ class Episodes(gym.vector.VectorWrapper):
 
 def make_envs(args: "Args", evaluation: bool = False) -> Episodes:
     """Environments for training, with other episodes after --resume, or for evaluation, always with the same ones."""
-    iteration = read_checkpoint(*saved_in(args))["progress"]["iteration"] if args.resume else 0
+    iteration = read_checkpoint(*saved_in(args))["progress"]["iteration"] if args.resume and not evaluation else 0
     num_envs, stream = (args.eval_episodes, 1) if evaluation else (args.num_envs, 2 * iteration)
     seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1)[0] >> 1)
     threads = args.torch_threads
@@ -700,8 +701,8 @@ def read_checkpoint(path: Path, option: str) -> dict:
 class Run:
     """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
 
-    It is over after total_timesteps or at the end of the iteration in which Ctrl-C or SIGTERM comes (a second one ends
-    it at once). In any case, and also when its games fail, what was learned is saved.
+    It is over after total_timesteps, at the end of the iteration in which Ctrl-C or SIGTERM comes, or when its games
+    fail, and saves what was learned. A second signal ends it at once.
     """
 
     def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):

@@ -1107,8 +1107,8 @@ def read_checkpoint(path: Path, option: str) -> dict:
 class Run:
     """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
 
-    It is over after total_timesteps or at the end of the iteration in which Ctrl-C or SIGTERM comes (a second one ends
-    it at once). In any case, and also when its games fail, what was learned is saved.
+    It is over after total_timesteps, at the end of the iteration in which Ctrl-C or SIGTERM comes, or when its games
+    fail, and saves what was learned. A second signal ends it at once.
     """
 
     def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):

@@ -563,6 +563,9 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
 
     for task, by in runs.items():
         end = 1.005 * min(run.records[-1]["step"] for some in by.values() for run in some)  # steps come in iterations
+        times = [int((run.curve(metrics[task])[0] <= end).sum()) for some in by.values() for run in some]
+        if max(times) > min(times) + 1 and len(by) > 1:
+            warn(task, f"areas are means over {min(times)} to {max(times)} evaluations, more and less dense ones")
         for x, y in itertools.combinations(by, 2):
             of_x, of_y = (areas(by[name], metrics[task], end) for name in (x, y))
             seeds = sorted(of_x.keys() & of_y.keys())
@@ -812,7 +815,8 @@ def main(args: Args):
     parts += [interval_table(runs, metrics, args), "Every run:", run_table(runs, metrics, args.reach)]
     if any(len(by) > 1 for by in runs.values()):
         heading = (
-            "Area under the learning curve (mean over the evaluations that all have), paired by seed, [95% interval]"
+            "Area under the learning curve (mean over the evaluations up to the last step that all have), paired by "
+            "seed, [95% interval]"
         )
         if len(runs) > 1:
             heading += "; over tasks in per cent, returns of 0 to 100 by the task's lowest and highest evaluation"

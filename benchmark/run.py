@@ -8,7 +8,8 @@ Every run is a process of its own, `python {script}.py ...`, with one line in a 
 shares out the CPUs (and GPUs) of this machine, or with --address those of a cluster, whose machines must share this
 folder and have this Python under the same path. A run whose machine is lost goes on from its checkpoint on another one,
 which may happen twice; a run that fails is told, not repeated.
-What a script refuses, such as a game that is not installed here, ends this program before anything is started.
+What a script refuses as it reads its options, such as a game that is not installed here, ends this program before
+anything is started.
 Ctrl-C stops the runs at the end of their iteration and saves them, a second one ends them at once; the same command
 later goes on. What is done and what was cut off is read from the run directories: a run belongs to a job if all of
 its settings do that change the numbers, whoever started it.
@@ -106,7 +107,7 @@ MATRICES = {
     "preopc": (ABLATION_TASKS, ("a2po",), PREOPC),  # ours
     "figure10": (SPREAD_TASKS, ALL, {"": ()}),
     "figure14": (ABLATION_TASKS, ("a2po",), LAMBDA),
-    "table6": (("3s5z", "27m_vs_30m", "Humanoid-9|8", "Ant-4x2", "Humanoid-17x1"), ALL, {"": ()}),
+    "table6": (("3s5z", "27m_vs_30m", "Humanoid-9|8", "Ant-4x2", "Humanoid-17x1", "5_vs_5"), ALL, {"": ()}),
 }
 # Settings that do not change a run's numbers, or say how far it goes. plot.py pools runs that differ in nothing else.
 FREE = set(
@@ -278,13 +279,14 @@ def make_jobs(args: Args) -> tuple[list[Job], list[str]]:
 
 
 def further_options(args: Args, chosen: tuple[str, ...]) -> list[str]:
-    """The words of --options, which may not set again what the matrix or another option has chosen for a run."""
+    """The words of --options, which may not set again what the matrix or this program chooses for a run."""
     try:
         words = shlex.split(args.options)
     except ValueError as error:
         usage_error(f"--options {args.options}", str(error).lower())
     names = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")]
-    taken = [word.replace("--no-", "--") for word in chosen]
+    taken = [word.replace("--no-", "--") for word in chosen] + ["--torch-threads", "--num-workers", "--resume"]
+    taken += ["--total-timesteps"] if args.total_timesteps is not None else []
     for name in names:
         if name in taken:
             usage_error(f"--options {args.options}", f"{name} is set already, by {args.matrix} or another option")
@@ -647,13 +649,17 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
         signal.signal(number, lambda number, _: stops.append(number))
     task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=args.gpus_per_job)(run_process)
     begin, waiting, lost, losses = time.time(), {}, [], collections.Counter()
+    begun = {}  # job's name: share that was done before this call
 
     def start(job: Job, run_dir: Path | None):
+        if job.name not in begun:
+            total = job.total_timesteps or settings(job).total_timesteps
+            begun[job.name] = min(1.0, last_step(base / run_dir) / total) if run_dir else 0.0
         waiting[task.remote(job.command(cpus, run_dir), base, log_of(job, base), args.gpus_per_job)] = job
 
     for job, run_dir in jobs:
         start(job, run_dir)
-    view, ended, cancelled, first_share = View(sys.stderr, begin), {"finished": 0, "failed": 0}, 0, {}
+    view, ended, cancelled = View(sys.stderr, begin), {"finished": 0, "failed": 0}, 0
     while waiting or lost:
         ready = ray.wait(list(waiting), timeout=1)[0] if waiting else []
         for reference in ready:
@@ -704,11 +710,8 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
             log = log_of(job, base)
             if log.exists() and log.stat().st_mtime >= begin:
                 running[job.name] = progress_of(log)
-                first_share.setdefault(job.name, running[job.name][0])
         # Of a resumed run only what is left counts as work of this call.
-        shares = [
-            (share - first_share[name]) / max(1e-9, 1 - first_share[name]) for name, (share, _) in running.items()
-        ]
+        shares = [max(0.0, share - begun[name]) / max(1e-9, 1 - begun[name]) for name, (share, _) in running.items()]
         counts = ended | {"running": len(running), "waiting": len(waiting) - len(running) + len(lost)}
         view.update(counts, running, (sum(ended.values()) + sum(shares)) / len(jobs), time.time())
         if len(stops) > cancelled:

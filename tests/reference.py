@@ -294,7 +294,8 @@ class Reference:
             surrogate, joint = self.objective(ratio, preceding[s], (A[s] - average) / deviation, eps)
 
             numbers = {"policy_loss": -surrogate, "entropy": entropy, "ratio": ratio.item()}
-            numbers |= {"approx_kl": ratio.item() - 1 - math.log(ratio.item()), "clipfrac": abs(joint - 1) > eps}
+            whole = sum(log_ratios).item()
+            numbers |= {"approx_kl": math.exp(whole) - 1 - whole, "clipfrac": abs(joint - 1) > eps}
             weighed = self.algorithm in ("coppo", "a2po")  # the others clip no product
             numbers["preceding_clipfrac"] = weighed and not 1 - eps / 2 <= preceding[s] <= 1 + eps / 2
             for name, number in numbers.items():

@@ -120,6 +120,16 @@ def test_areas_are_paired_by_seed(tmp_path):
     assert row[-1] == "25.00 [one seed]"
 
 
+def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
+    pytest.importorskip("rliable")
+    for name, k in {"x": 4, "y": 2, "z": 2}.items():
+        write_run(tmp_path / "t" / f"{name}_smac__1.jsonl", [0.5] * k, steps=range(4000 // k, 4001, 4000 // k))
+    for names, told in (("yz", False), ("xyz", True)):
+        runs = {"t": {name: some for name, some in plot.read([tmp_path])["t"].items() if name[0] in names}}
+        plot.area_table(runs, {"t": "win_rate"}, plot.Args(paths=()))
+        assert ("plot.py: warning: t: areas are means over 2 to 4 evaluations" in capsys.readouterr().err) == told
+
+
 def test_areas_over_tasks_of_several_benchmarks(tmp_path):
     """By method; a return on the scale from the task's lowest to its highest evaluation, a win rate as it is."""
     pytest.importorskip("rliable")

@@ -51,7 +51,7 @@ def test_counts():
     assert len(jobs_of("figure6", "--seeds", "1", "--tasks", "3s5z")[0]) == 6
     assert len(jobs_of("figure5-7", "--smax", "--seeds", "1")[0]) == 8
     assert len(jobs_of("figure14")[0]) == 3 * 5 * 2 * 3, "tasks, lambdas, with and without PreOPC, seeds"
-    assert len(jobs_of("table6")[0]) == 2 * 4 + 3 * existing("mamujoco")
+    assert len(jobs_of("table6")[0]) == 2 * 4 + 3 * existing("mamujoco") + existing("grf")
     assert [job.script.stem for job in jobs_of("table2", "--tasks", "3s5z", "--algorithms", "mappo")[0]] == [
         "mappo_smac"
     ] * 3
@@ -584,6 +584,8 @@ def test_bad_options_are_one_line(argv, capsys, monkeypatch, tmp_path):
         ("preopc", "--preopc", "--preopc"),  # the second of its two variants has --no-preopc
         ("figure5", "--no-preopc", "--preopc"),  # HAPPO's
         ("table2 --authors-settings", "--update-epochs 3", "--update-epochs"),
+        ("table2", "--torch-threads 2", "--torch-threads"),
+        ("table2 --total-timesteps 1e6", "--total-timesteps 5e5", "--total-timesteps"),
     ],
 )
 def test_options_that_the_matrix_sets(matrix, options, name, capsys):
@@ -688,6 +690,25 @@ def test_a_lost_job_whose_process_has_finished_is_done(fake, monkeypatch, handle
     cluster = Cluster(NodeDied())
     assert run_on(cluster, [(job, None)], fake, monkeypatch) == 0
     assert len(cluster.commands) == 1 and f"finished: {job.name}" in capsys.readouterr().err
+
+
+def test_what_was_done_before_is_no_work_of_this_call(fake, monkeypatch, handlers):
+    """A run resumed at 60% of its steps that is at 80% has done half of what was left, whenever its bar appeared."""
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    job, _ = fake_jobs("--total-timesteps", "500")
+    logs, fractions = ["", " 60%|##  | 300/500 [SPS 7]", " 80%|##  | 400/500 [SPS 7]"], []
+
+    class Playing(Cluster):
+        def wait(self, references, timeout):
+            if not logs:
+                return references, []
+            run.log_of(job, fake).write_text("$ resumed\n" + logs.pop(0))
+            return [], references
+
+    monkeypatch.setattr(run.View, "update", lambda self, counts, running, fraction, now: fractions.append(fraction))
+    assert run_on(Playing(0), [(job, run.find_run(job, fake)[1])], fake, monkeypatch) == 0
+    assert fractions[:3] == pytest.approx([0, 0, 0.5])
 
 
 def wait_until(condition, seconds=40):

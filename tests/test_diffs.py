@@ -26,6 +26,7 @@ OF_THE_BENCHMARK = {
     "Args": "its own simulator's processes",
     "act": "discrete or continuous actions, one network or several",
     "policy_change": "discrete or continuous actions",
+    "ratio_statistics": "ratios of actions or of joints",
     "main": "Algorithm 1 where parameters are not shared, halves of games where a step takes long",
     "evaluate": "what has to be seen of several networks",
     "summarize": "its own scores",
@@ -53,7 +54,7 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 BUDGETS = {
     "a2po_smac": (468, 1512),
     "a2po_mpe": (451, 1389),
-    "a2po_mamujoco": (448, 1108),
+    "a2po_mamujoco": (448, 1109),
     "a2po_grf": (500, 1830),
 }
 
