@@ -31,11 +31,13 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -1436,13 +1438,16 @@ def one_of(value: str, names, more: str = "") -> str:
 def read_checkpoint(path: Path, option: str) -> dict:
     """A checkpoint of one of these scripts; anything else is an error in `option`."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # what PyTorch does not look at
+                raise ValueError("damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not {"args", "script", "learned"} <= set(checkpoint):
             raise ValueError("other contents")
     except FileNotFoundError:
         usage_error(option, path, "no such file")
     except Exception:
-        usage_error(option, path, "is not a checkpoint of this script, as it is now")
+        usage_error(option, path, "is damaged, or not a checkpoint of this script, as it is now")
     return checkpoint
 
 
@@ -1498,8 +1503,8 @@ class Run:
             step = self.checkpoint.get("progress", {}).get("global_step")
             record = {"checkpoint": self.args.checkpoint, "script": self.checkpoint["script"], "step": step}
             record |= {name: getattr(self.args, name) for name in (*TASK, *GAMES, "seed")}
-            print(json.dumps(record | {SCORE: summarize(episodes)[SCORE]} | numbers), file=self.out)
-            self.out.close()
+            with writing("--out", self.args.out), self.out:
+                print(json.dumps(record | {SCORE: summarize(episodes)[SCORE]} | numbers), file=self.out)
         self.envs.close()
 
     def __enter__(self):
@@ -1508,9 +1513,9 @@ class Run:
         self.evaluations = self.folder / "eval.jsonl"
         with writing("--resume" if self.args.resume else "new run", self.folder):
             self.lock = lock_run(self.folder)
-            config = self.write_config()
             if self.checkpoint:
                 self.go_back()
+            config = self.write_config()
             step = self.progress["global_step"]
             self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
         if not self.checkpoint:
@@ -1539,11 +1544,16 @@ class Run:
         file, step = self.folder / "config.json", 0
         if self.checkpoint:
             step = self.checkpoint["progress"]["global_step"]
-            with contextlib.suppress(OSError, ValueError):  # else what it began with is not known any more
+            with contextlib.suppress(OSError, ValueError, TypeError):  # else what it began with is not known any more
                 config |= json.loads(file.read_text())
         changed = {name: value for name, value in settings.items() if config[name] != value}
         config["stretches"].append({"step": step, "changed": changed} | ran_on)
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        before = file.read_bytes()
+        try:
+            file.write_text(json.dumps(config, indent=2) + "\n")  # in its place, since it is locked
+        except OSError:
+            file.write_bytes(before)
+            raise
         print(f"{self.folder}, from step {step:,}" if step else self.folder)
         cells = [f"  {name:<18} {value!s:<16}" for name, value in settings.items() if value not in ("", None)]
         print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)))
@@ -1562,12 +1572,13 @@ class Run:
         if disk or not saved:
             sys.exit(f"{self.folder} cannot be written{f', {error}' if disk else ''}; the last checkpoint is as it was")
         if kind is GamesFailed:
-            sys.exit(f"{error}; go on with --resume {self.folder}")
+            sys.exit(f"{error}; go on with --resume {shlex.quote(str(self.folder))}")
         if kind is None and self.progress["global_step"] >= self.args.total_timesteps:
             score = f"{SCORE.replace('_', ' ')} {self.scores['greedy']:.3f}"
             print(f"{self.folder} is complete; the last greedy {score}", file=sys.stderr)
         elif kind is None:
-            print(f"stopped by signal {self.stop_signal}; go on with --resume {self.folder}", file=sys.stderr)
+            folder = shlex.quote(str(self.folder))
+            print(f"stopped by signal {self.stop_signal}; go on with --resume {folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
     def ask_to_stop(self, number, frame):
@@ -1586,13 +1597,17 @@ class Run:
         self.envs.set_state(self.checkpoint["envs"])
         self.hidden |= {name: states.to(self.device) for name, states in self.checkpoint["hidden"].items()}
         if self.evaluations.exists():
-            lines = [line for line in self.evaluations.read_text().splitlines() if line.endswith("}")]  # whole ones
-            kept = [line for line in lines if json.loads(line)["step"] <= self.progress["global_step"]]
-            self.evaluations.write_text("".join(f"{line}\n" for line in kept))
+            lines, steps = self.evaluations.read_bytes().splitlines(), {}
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # it was cut off, or is damaged
+                    steps[line] = int(json.loads(line)["step"])
+            if len(steps) < len(lines):
+                print(f"{self.evaluations}: left out {len(lines) - len(steps)} damaged lines of {len(lines)}")
+            kept = [line + b"\n" for line, step in steps.items() if step <= self.progress["global_step"]]
+            replace_file(self.evaluations, b"".join(kept))
 
     def save(self) -> bool:
-        """To a temporary file that is then renamed: a crash while writing leaves the last good one. Whether it worked;
-        with the next one there may be room on the disk again."""
+        """Whether it worked; with the next one there may be room on the disk again."""
         self.progress["crashes"] = self.envs.crashes
         contents = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "script": Path(__file__).stem}
         contents |= {"learned": {name: part.state_dict() for name, part in self.learned.items()}}
@@ -1600,15 +1615,12 @@ class Run:
         contents |= {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             contents["cuda_rng"] = torch.cuda.get_rng_state()
-        temporary, buffer = self.folder / "checkpoint.tmp", io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(contents, buffer)
         try:
-            temporary.write_bytes(buffer.getbuffer())
-            os.replace(temporary, self.folder / "checkpoint.pt")
+            replace_file(self.folder / "checkpoint.pt", buffer.getbuffer())
         except OSError as error:
             print(f"\n{self.folder} was not saved: {error.strerror}", file=sys.stderr)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return False
         return True
 
@@ -1677,12 +1689,26 @@ def writing(option: str, path):
         usage_error(option, path, f"cannot be written: {error.strerror}")
 
 
+def replace_file(path: Path, contents):
+    """By way of a temporary file that is then renamed: a crash or a full disk leaves the old one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def new_folder(name: str) -> Path:
     """runs/{name}__{time}, made here: where another run has started in the same second this one waits for the next."""
+    with writing("new run", f"runs/{name}"):
+        Path("runs").mkdir(exist_ok=True)
     while True:
         folder = Path("runs") / f"{name}__{int(time.time())}"
         with writing("new run", folder), contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         time.sleep(0.1)
 
@@ -1743,7 +1769,7 @@ def checked_words(argv: list[str]) -> list[str]:
         if kind is bool and value is not None:
             switch = option.replace("--no-", "--")
             usage_error(option, value, f"is a switch, {switch} or --no-{switch[2:]}")
-        if kind is not bool and value is None:
+        if kind is not bool and (value is None or (value == "" and option in ("--resume", "--checkpoint"))):
             usage_error(option, "", "needs a value")
         if choices and value not in choices:
             usage_error(option, value, one_of(value, choices))

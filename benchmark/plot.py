@@ -781,6 +781,9 @@ def plot_orders(runs: Runs, shares, args: Args):
 
 
 # ------------------------------------------------------------------------------------------------------------ main
+MOST_CURVES = 30  # a longer legend leaves no room for the panels
+
+
 def check_args(args: Args):
     if not args.paths:
         usage_error("paths", "name at least one run directory, file or folder")
@@ -804,6 +807,8 @@ def check_args(args: Args):
 def main(args: Args):
     check_args(args)
     runs = read(args.paths, args.tasks, args.algorithms, args.methods, args.until)
+    if (names := len(algorithms_of(runs))) > MOST_CURVES and args.out:
+        usage_error("--out", f"{names} names of algorithms are too many for one picture; choose some by --algorithms")
     if args.reference is not None and len(runs) > 1:
         usage_error(f"--reference {args.reference:g}", f"is for one task, not for {', '.join(runs)}")
     metrics = choose_metrics(runs, args.metric)

@@ -140,6 +140,8 @@ def watch_smac(script, checkpoint: dict, args: Args):
         obs, _ = envs.reset()
         seen = []
         for episode in range(1, args.episodes + 1):
+            if len(seen) >= args.max_frames * (args.every or 1):
+                break  # of the others no picture would be drawn
             steps, total, done = 0, 0.0, False
             seen.append(look())
             while not done:
@@ -194,6 +196,8 @@ def watch_mpe(script, checkpoint: dict, args: Args):
     def play():
         seen = []
         for episode in range(args.episodes):
+            if len(seen) >= args.max_frames * (args.every or 1):
+                break  # of the others no picture would be drawn
             game.reset()
             steps, total, done = 0, 0.0, False
             seen.append(look())
@@ -303,7 +307,7 @@ def watch_grf(script, checkpoint: dict, args: Args):
     """gfootball's game, drawn here from its raw observations: the engine's own pictures need OpenGL."""
     settings, path = checkpoint["args"], args.checkpoint
     if not script.find_football():
-        fail("--checkpoint", path, "needs the package gfootball: README.md, section Google Research Football")
+        fail("--checkpoint", path, "needs the package gfootball: README.md, section Set-up")
     scenario = settings["scenario"]
     if scenario not in script.SCENARIOS:
         fail("--checkpoint", path, f"is of the scenario {scenario}, which {script.__name__}.py does not know")
@@ -467,6 +471,10 @@ def read(args: Args):
     needs("imageio", "requirements.txt", args)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not args.out.exists()
+        args.out.open("ab").close()
+        if is_new:
+            args.out.unlink()
     except OSError as error:
         fail("--out", args.out, error.strerror)
     return checkpoint, importlib.import_module(name), BENCHMARKS[benchmark]
@@ -490,11 +498,17 @@ def main(args: Args):
             tell(f"stopped at --max-frames {args.max_frames}")
             break
     data = encode(frames, fps, args.max_kib)
-    args.out.write_bytes(data)
+    try:
+        args.out.write_bytes(data)
+    except OSError as error:
+        fail("--out", args.out, error.strerror)
     print(f"{args.out}: {len(data) / 1024:.0f} KiB")
     if len(data) > 1024 * args.max_kib:
         print(f"that is more than --max-kib {args.max_kib}: fewer --max-frames help", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    try:
+        main(parse_args(Args, __doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

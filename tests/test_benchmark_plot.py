@@ -540,6 +540,16 @@ def test_figures(tmp_path, capsys):
     assert "mappo_smac: one seed, therefore no interval" in printed.err
 
 
+def test_a_picture_of_too_many_algorithms_is_refused(tmp_path, capsys):
+    pytest.importorskip("rliable")
+    for k in range(plot.MOST_CURVES + 1):
+        write_run(tmp_path / "t" / f"idea{k}_smac__1.jsonl", [0.5] * 10)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.Args((tmp_path / "t",), out=(tmp_path / "c.png",), reps=20))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"--out: {plot.MOST_CURVES + 1} names of algorithms are too many" in line
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_table_on_a_full_disk_is_one_line(tmp_path, capsys):
     pytest.importorskip("rliable")

@@ -37,6 +37,7 @@ def checkpoint_of(path, script="a2po_mpe", **settings):
         ({"script": "../a2po_mpe"}, "was written by ../a2po_mpe.py, which is not in "),
         ({"script": "a2po_smac", "simulator": "starcraft2"}, "is of StarCraft II"),
         ({"out": Path("x.mp4")}, "--out x.mp4: must end in .gif"),
+        ({"out": Path("/proc/x.gif")}, "--out /proc/x.gif: No such file"),
         ({"episodes": 0}, "--episodes 0: must be at least 1"),
         ({"max_frames": 0}, "--max-frames 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
@@ -116,11 +117,13 @@ def test_watch_writes_a_gif(tmp_path, capsys):
     from PIL import Image, ImageSequence
 
     out = tmp_path / "new" / "x.gif"
-    watch.main(watch.Args(checkpoint_of(tmp_path / "checkpoint.pt"), out, episodes=2, max_frames=30, width=64))
+    watch.main(watch.Args(checkpoint_of(tmp_path / "checkpoint.pt"), out, episodes=9, max_frames=30, width=64))
     with Image.open(out) as image:
         frames = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
         assert image.size == (64, 64) and len(frames) > 1 and sum(frames) == 30 * 200  # equal pictures are one frame
-    assert out.stat().st_size < 100_000 and "stopped at --max-frames 30" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert out.stat().st_size < 100_000 and "stopped at --max-frames 30" in told
+    assert "episode 1: " in told and "episode 2: " not in told, "no more is played than is drawn"
 
 
 # ------------------------------------------------------------------------------------------------------------- MPE
@@ -289,7 +292,7 @@ def football_checkpoint(path, scenario="academy_empty_goal", networks=1, obs_dim
 @pytest.mark.parametrize(
     "found, options, message",
     [
-        (False, {}, "needs the package gfootball: README.md, section Google Research Football"),
+        (False, {}, "needs the package gfootball: README.md, section Set-up"),
         (True, {"scenario": "6_vs_6"}, "is of the scenario 6_vs_6, which a2po_grf.py does not know"),
         (True, {"scenario": "5_vs_5", "networks": 3}, "its networks do not fit 4 agents"),
         (True, {"obs_dim": 50}, "its networks do not fit 1 agents that observe"),

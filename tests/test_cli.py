@@ -114,6 +114,8 @@ def test_hints(name, tmp_path, monkeypatch, capsys):
         ("--total-timesteps 1e6.5", "must be a whole number"),
         ("--gamma=x", "must be a number"),
         ("--hidden-size", "needs a value"),
+        ("--resume=", "needs a value"),  # of a variable that is not set
+        ("--eval-only --checkpoint=", "needs a value"),
         ("--eval-only=true", "--eval-only or --no-eval-only"),
         ("--eval-only --checkpoint run", "run/checkpoint.pt"),
         ("--resume run/checkpoint.pt", "its folder, run"),

@@ -190,6 +190,60 @@ def test_a_last_save_that_fails(train, monkeypatch):
     assert differences(run.checkpoint, first.checkpoint) == [] and not (run.folder / "checkpoint.tmp").exists()
 
 
+def test_a_full_disk_on_resuming_leaves_the_run_as_it_was(train, monkeypatch, capsys):
+    """config.json is written in its place, where it is locked; eval.jsonl beside it first."""
+    run = train(eval_every=10, save_every=30)
+    words = ["--resume", str(run.folder), "--total-timesteps", "60"]
+    write, before = Path.write_text, everything_in(run.folder)
+
+    def fail(self, data):
+        write(self, data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    capsys.readouterr()
+    assert train(argv=words).status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--resume {run.folder}: cannot be written: {os.strerror(errno.ENOSPC)}" in line
+    assert everything_in(run.folder) == before
+
+    monkeypatch.setattr(Path, "write_text", write)
+    (run.folder / "eval.tmp").symlink_to("/dev/full")
+    assert train(argv=words).status == 2 and everything_in(run.folder) == before
+    assert train(argv=words).status == 0
+
+
+def test_damaged_lines_of_eval_are_told_and_left_out(train, capsys):
+    run = train(eval_every=10)
+    whole = evaluations(run.folder)
+    lines = [b"\0\0\0", b'{"step": 3}}', b'{"seconds": 1.0}', b'{"\xff": 2}', b"7", b'{"step": 1']
+    file = run.folder / "eval.jsonl"
+    first, *others = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, *lines[:-1], *others, lines[-1]]))
+    capsys.readouterr()
+    assert train(argv=["--resume", str(run.folder), "--total-timesteps", "60"]).status == 0
+    again = evaluations(run.folder)
+    assert again[: len(whole)] == whole and len(again) > len(whole)
+    assert f"eval.jsonl: left out 6 damaged lines of {len(whole) + 6}" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_refused(train, capsys):
+    """PyTorch does not look at the sums with which a checkpoint's parts are stored."""
+    run = train()
+    file = run.folder / "checkpoint.pt"
+    weights = run.checkpoint["learned"]["actor"]["base.0.weight"].numpy().tobytes()
+    data = file.read_bytes()
+    assert data.count(weights) == 1
+    file.write_bytes(data.replace(weights, bytes(255 - byte for byte in weights)))
+    torch.load(file, weights_only=True)
+    before = everything_in(run.folder)
+    capsys.readouterr()
+    for words in (["--resume", str(run.folder)], ["--eval-only", "--checkpoint", str(file)]):
+        assert train(argv=words).status == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{words[-2]} {file}: is damaged" in line and everything_in(run.folder) == before
+
+
 def test_evaluations_that_cannot_be_written(train, monkeypatch):
     """The run ends with one line, as it was at its last checkpoint."""
     with_a_full_disk(monkeypatch, "eval.jsonl")
@@ -198,15 +252,19 @@ def test_evaluations_that_cannot_be_written(train, monkeypatch):
     assert run.checkpoint["progress"]["iteration"] == 2  # and the evaluation was due in the third
 
 
-def test_runs_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    """`runs` is a file."""
-    (tmp_path / "runs").write_text("")
+@pytest.mark.parametrize("link", [False, True])
+def test_runs_that_cannot_be_written(tmp_path, monkeypatch, capsys, link):
+    """`runs` is a file, or a link to nowhere."""
+    if link:
+        (tmp_path / "runs").symlink_to(tmp_path / "gone" / "runs")
+    else:
+        (tmp_path / "runs").write_text("")
     monkeypatch.chdir(tmp_path)
     with in_place_of_the_simulator(a2po_smac, Skirmish) as games, pytest.raises(SystemExit) as left:
         a2po_smac.main(make_args(a2po_smac))
     assert left.value.code == 2 and games[0].record == [], "before the work"
     (line,) = capsys.readouterr().err.splitlines()
-    assert "runs/3m-smax__a2po_smac__3__" in line and "cannot be written" in line
+    assert "runs/3m-smax__a2po_smac__3" in line and "cannot be written" in line
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -264,6 +322,9 @@ def test_an_evaluation_whose_record_has_no_place(train, tmp_path, capsys):
     again = train(argv=[*words, "--out", str(run.folder / "config.json" / "scores")])
     assert again.status == 2 and again.games[0].record == []
     assert "--out" in (line := capsys.readouterr().err.splitlines()[-1]) and "cannot be written" in line
+    assert train(argv=[*words, "--out", "/dev/full"]).status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--out /dev/full: cannot be written: {os.strerror(errno.ENOSPC)}")
     assert train(argv=["--out", "scores"]).status == 2 and "--out scores: is for --eval-only" in capsys.readouterr().err
 
 
