@@ -573,7 +573,9 @@ class Navigation:
 
     def __init__(self, n_agents: int, local_ratio: float, seed: int, build: int = 0):
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        from mpe2.simple_spread_v3 import raw_env
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pygame's, of setuptools
+            from mpe2.simple_spread_v3 import raw_env
 
         self.game = raw_env(N=n_agents, local_ratio=local_ratio, max_cycles=EPISODE_STEPS)
         self.agents = self.game.possible_agents

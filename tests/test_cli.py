@@ -345,6 +345,7 @@ def test_settings_of_the_small_game():
 
 
 QUIET = [("a2po_smac", "simulator='smax'", 1), ("a2po_mpe", "simulator='jaxmarl'", 0), ("a2po_mamujoco", "", 0)]
+QUIET += [("a2po_mpe", "num_workers=2", 0)]
 
 
 @pytest.mark.parametrize(("name", "options", "lines"), QUIET)

@@ -53,7 +53,7 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
     "a2po_smac": (470, 1538),
-    "a2po_mpe": (453, 1415),
+    "a2po_mpe": (453, 1417),
     "a2po_mamujoco": (450, 1135),
     "a2po_grf": (502, 1856),
 }
