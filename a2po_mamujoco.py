@@ -130,10 +130,10 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    weights = gamma * gae_lambda * joint_ratio.clamp(max=1.0).unsqueeze(-1)
+    decay = gamma * gae_lambda * (1 - done[:-1]) * joint_ratio[1:].clamp(max=1.0).unsqueeze(-1)
     advantages = deltas.clone()
-    for t in reversed(range(len(deltas) - 1)):
-        advantages[t] = deltas[t] + (1 - done[t]) * weights[t + 1] * advantages[t + 1]
+    for t in reversed(range(len(decay))):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 

@@ -133,9 +133,10 @@ def gae_advantages(rewards, values, terminated, done, gamma, gae_lambda):
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    decay = gamma * gae_lambda * (1 - done[:-1])
     advantages = deltas.clone()
-    for t in reversed(range(len(deltas) - 1)):
-        advantages[t] = deltas[t] + (1 - done[t]) * gamma * gae_lambda * advantages[t + 1]
+    for t in reversed(range(len(decay))):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
