@@ -13,7 +13,7 @@ agents, in the counter-attack drills the four attackers; the engine's built-in A
     python a2po_grf.py --scenario 5_vs_5
     python a2po_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     scenario: str = "5_vs_5"
     """5_vs_5, 11_vs_11_stochastic (also easy and hard) or an academy drill such as academy_3_vs_1_with_keeper"""
@@ -67,7 +67,7 @@ class Settings:
     num_envs: int = 24
     """games played at once (the authors' setting), in two halves that take turns"""
     num_steps: int | None = None
-    """steps of each game per iteration; by default a game's less its last: 3,000 in a match, which makes the authors'
+    """steps of each game per iteration; by default an episode's less one: 3,000 in a match, which makes the authors'
     72,000 in all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
 
     reward_goal: float = 5.0
@@ -96,11 +96,11 @@ class Settings:
     """base clipping parameter epsilon (Table 11)"""
     update_epochs: int = 10
     """P (Table 11): every agent with parameters of its own takes P passes over the rollout (Algorithm 1); with shared
-    ones there are ceil(P / blocks) passes, in each one step for every block (Algorithm 2)"""
+    ones there are ceil(P / blocks) passes, each with one step per block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents, those of one are updated together; by default each agent is one"""
+    """number of blocks; the agents of a block are updated together; by default one agent a block"""
     cumulative_blocks: bool = False
     """with shared parameters every update trains earlier blocks again (authors' scripts; on MPE it learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
@@ -147,7 +147,7 @@ def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
     semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
-    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
+    authors' code; the paper's k, from 1, would start at random). The reverse rules take the smallest score.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -306,7 +306,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -360,7 +360,7 @@ def main(args: "Args"):
     actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
     critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
-    # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
+    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer}
@@ -386,13 +386,13 @@ def main(args: "Args"):
                         step["final"] = torch.max(step["final"], crashed)  # a crashed game's: no sample, the trace ends
                     step = half.look(device)
                     taken[h].append(step)
-                    if t < args.num_steps:  # else it is what the last step's next value is of
+                    if t < args.num_steps:  # the observation after the last step is only for V(s_{t+1})
                         step["actor_hidden"] = states[h]
                         step["actions"], step["log_probs"], states[h] = act(actors, step, states[h])
                         half.env.step_async(step["actions"].cpu().numpy())
             hidden["actor"] = torch.cat(states)
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in taken[0][0]:
                 parts = [torch.stack([step[name] for step in steps if name in step]) for steps in taken]
@@ -401,7 +401,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
             results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]
@@ -411,7 +411,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
+            # No policy has changed yet: rho is 1, Eq. (2) is GAE. These serve the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -439,7 +439,7 @@ def main(args: "Args"):
                     # Eq. (2): advantages, corrected for all policies that have changed; the values stay the rollout's.
                     joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
                     advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
-                    targets = advantages + values[:-1]
+                    targets = advantages + values[:-1]  # A + V
                     eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
 
                     # A shared network learns from the whole block, one agent's own from that agent.
@@ -482,13 +482,13 @@ def main(args: "Args"):
                             run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy)
                             run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm, **ratios)
                             run.note(f"a2po/position_{position}", **ratios)
-                        scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # for the log
+                        scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # only logged
 
                     if not shared:  # the ratio is extended by the block just updated
                         with torch.no_grad():
                             for agents in block.split(1):
                                 joint_log_ratio += policy_change(actors[agents], rollout, agents)[0].sum(-1)
-            by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
+            by_size = scores.argsort(descending=True, stable=True)  # ranks by E|A_i| at i's last update (Fig. 16)
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
             run.lap("update")

@@ -13,7 +13,7 @@ critic; each moves some joints of a robot, and all of them see the whole robot.
     python a2po_mamujoco.py --scenario Ant --partition 4x2
     python a2po_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     scenario: Literal["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Walker2d"] = "Ant"
     """the robot"""
@@ -85,7 +85,7 @@ class Settings:
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents; those of one are updated together (Table 9; where it has none, one for each agent)"""
+    """number of blocks; the agents of a block are updated together (Table 9; where it has none, one agent a block)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -141,7 +141,7 @@ def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
     semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
-    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
+    authors' code; the paper's k, from 1, would start at random). The reverse rules take the smallest score.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -170,9 +170,9 @@ def clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef):
 
 
 def action_ratio(log_ratios, has_joint, rule):
-    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints.
+    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints; has_joint (d,).
 
-    product: of the probabilities of its whole action; mean: of its joints' ratios (appendix B.4.2).
+    product: the ratio of the probabilities of its whole action; mean: the mean of its joints' ratios (appendix B.4.2).
     """
     if rule == "product":
         return log_ratios.sum(-1).clamp(-20, 20).exp()
@@ -340,7 +340,7 @@ def main(args: "Args"):
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # One for all actors, one for all critics: a step leaves those networks alone that have no gradient.
+    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
@@ -354,14 +354,14 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps, policies = [], joint_policies(actors)
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, start, final: name -> (N, ...)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
                 obs_normalizer.update(seen)
                 step["actions"], step["log_probs"] = act(policies, step["obs"])
                 step["rewards"], step["terminated"], _ = envs.play(step["actions"])
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
             steps[-1]["obs"] = obs_normalizer(steps[-1]["obs"])
 
             # Time-major: (T, N, n, ...), and one step more of what was seen; obs (T+1, N, obs_dim) are all agents'.
@@ -372,13 +372,13 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, by the normaliser before it moves.
+            # Values in units of return, by the normaliser before its update.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
+            # No policy has changed yet: rho is 1, Eq. (2) is GAE. These serve the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -398,7 +398,7 @@ def main(args: "Args"):
                 preceding_ratio = joint_log_ratio.clamp(-20, 20).exp()
                 joint_ratio = preceding_ratio if args.preopc else unchanged
                 advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
-                targets = advantages + values[:-1]
+                targets = advantages + values[:-1]  # A + V
 
                 # Eq. (6) with the clip of this position.
                 eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
@@ -429,14 +429,14 @@ def main(args: "Args"):
                         run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                         run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
                         run.note(f"a2po/position_{position}", **ratios)
-                scores[agents] = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))[agents]  # for the log
+                scores[agents] = masked_mean(advantages.abs(), rollout.sample, dim=(0, 1))[agents]  # only logged
 
                 # The ratio is extended by the block just updated: one forward pass of its agents alone.
                 with torch.no_grad():
                     for i in agents.tolist():
                         log_ratios, _ = policy_change(actors[i], rollout, i)
                         joint_log_ratio += log_ratios.sum(-1)
-            by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
+            by_size = scores.argsort(descending=True, stable=True)  # ranks by E|A_i| at i's last update (Fig. 16)
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
             run.lap("update")

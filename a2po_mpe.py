@@ -13,7 +13,7 @@ game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
     python a2po_mpe.py --n-agents 3
     python a2po_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     n_agents: int = 3
     """number of agents, and of landmarks that they shall cover (the paper has 3 and 5)"""
@@ -83,13 +83,13 @@ class Settings:
     clip_coef: float = 0.2
     """base clipping parameter epsilon (Table 10)"""
     update_epochs: int = 8
-    """P (Table 10); ceil(P / blocks) passes over the rollout, in each one step for every block (Algorithm 2)"""
+    """P (Table 10); ceil(P / blocks) passes over the rollout, each with one step per block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents, those of one are updated together; by default each agent is one (Algorithm 2)"""
+    """number of blocks; the agents of a block are updated together; by default one agent a block (Algorithm 2)"""
     cumulative_blocks: bool = False
-    """every update trains earlier blocks again (as the authors' on SMAC; 1.1 times the seconds, learns no faster)"""
+    """every update trains earlier blocks again (as the authors on SMAC; 1.1 times the seconds, learns no faster)"""
     agent_order: Literal["semi-greedy", "greedy", "random", "cyclic", "reverse-greedy", "reverse-semi-greedy"] = (
         "semi-greedy"
     )
@@ -138,7 +138,7 @@ def agent_order(scores, rule, generator):
     """Order in which the agents are updated (Sec. 4): scores (n,) = E|A_i| -> list of agent indices.
 
     semi-greedy: even positions, from 0, take the remaining agent with the largest score, odd ones a random one (as the
-    authors' code; the paper's k, from 1, would start at random). `reverse` takes the smallest scores.
+    authors' code; the paper's k, from 1, would start at random). The reverse rules take the smallest score.
     """
     remaining = torch.argsort(scores, descending=not rule.startswith("reverse"), stable=True).tolist()
     if rule == "cyclic":
@@ -292,7 +292,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -356,15 +356,15 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps = []
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, state, action_mask, alive, start, final: name -> (N, ...)
                 step["actor_hidden"] = hidden["actor"]
                 step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
                 step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
                 step["final"] = torch.max(step["final"], crashed)  # a game that crashed: no sample, the trace ends
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in steps[0]:
                 setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
@@ -372,7 +372,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
@@ -380,7 +380,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # Nothing has changed yet: rho is 1, and Eq. (2) is GAE; for the order, the normaliser and the log.
+            # No policy has changed yet: rho is 1, Eq. (2) is GAE. These serve the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -408,9 +408,9 @@ def main(args: "Args"):
                     # Eq. (2): advantages, corrected for all policies that have changed; the values stay the rollout's.
                     joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
                     advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
-                    targets = advantages + values[:-1]
+                    targets = advantages + values[:-1]  # A + V
 
-                    # Eq. (6) with the clip of this position; all others precede an agent, its block-mates too.
+                    # Eq. (6) with the clip of this position; the preceding agents are everyone but i, block-mates too.
                     ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
                     preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
                     eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
@@ -434,12 +434,12 @@ def main(args: "Args"):
                         critic_loss.backward()
                         critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                         critic_optimizer.step()
-                    scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # for the log
+                    scores[agents] = masked_mean(advantages[..., agents].abs(), sample, dim=(0, 1))  # only logged
                     ratios = ratio_statistics(log_ratio, preceding_ratio, sample, eps_k)
                     run.note("losses", policy_loss=policy_loss, value_loss=critic_loss, entropy=entropy, **ratios)
                     run.note("losses", actor_grad_norm=actor_norm, critic_grad_norm=critic_norm)
                     run.note(f"a2po/position_{position}", **ratios)
-            by_size = scores.argsort(descending=True, stable=True)  # by E|A_i| as it was at its last update, Fig. 16
+            by_size = scores.argsort(descending=True, stable=True)  # ranks by E|A_i| at i's last update (Fig. 16)
             run.note("a2po/position_of_agent", **{str(i): place for place, i in enumerate(order.tolist(), start=1)})
             run.note("a2po/rank_of_agent", **{str(i): rank for rank, i in enumerate(by_size.tolist(), start=1)})
             run.lap("update")

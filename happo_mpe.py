@@ -9,11 +9,12 @@
 The baseline that updates agents one after the other, in random order: one rollout, GAE, and each block's advantage
 multiplied by the unclipped ratio of the agents that have changed before it. With shared parameters that is everyone.
 Actor and critic are recurrent. The game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python happo_mpe.py --n-agents 3
     python happo_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     n_agents: int = 3
     """number of agents, and of landmarks that they shall cover (the paper has 3 and 5)"""
@@ -83,11 +84,11 @@ class Settings:
     clip_coef: float = 0.2
     """base clipping parameter epsilon (Table 10)"""
     update_epochs: int = 8
-    """P (Table 10); ceil(P / blocks) passes over the rollout, in each one step for every block (Algorithm 2)"""
+    """P (Table 10); ceil(P / blocks) passes over the rollout, each with one step per block (Algorithm 2)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents, those of one are updated together; by default each agent is one (Algorithm 2)"""
+    """number of blocks; the agents of a block are updated together; by default one agent a block (Algorithm 2)"""
     preopc: bool = False
     """correct advantages for the policies that have changed, Eq. (2), as in Figures 5 and 13; HAPPO has plain GAE"""
     recurrent: bool = True
@@ -279,7 +280,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -343,15 +344,15 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps = []
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, state, action_mask, alive, start, final: name -> (N, ...)
                 step["actor_hidden"] = hidden["actor"]
                 step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
                 step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
                 step["final"] = torch.max(step["final"], crashed)  # a game that crashed: no sample, the trace ends
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in steps[0]:
                 setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
@@ -359,7 +360,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
@@ -391,9 +392,9 @@ def main(args: "Args"):
                         advantages = preopc_advantages(
                             rewards, values, terminated, done, joint_ratio, gamma, gae_lambda
                         )
-                        targets = advantages + values[:-1]
+                        targets = advantages + values[:-1]  # A + V
 
-                    # The preceding agents are everyone but i.
+                    # The preceding agents are everyone but i, block-mates too.
                     ratio, sample = log_ratio.exp(), rollout.sample[..., agents]
                     preceding_ratio = (joint_log_ratio.unsqueeze(-1) - log_ratio.detach()).clamp(-20, 20).exp()
                     normalized_advantages = normalize_advantages(advantages[..., agents], sample)

@@ -8,11 +8,12 @@
 The baseline that updates all agents simultaneously: one rollout, GAE, and PPO's clipped objective for each agent for
 itself. Parameters are each agent's own or shared by all. Actor and critic are recurrent. All outfield players of the
 left team are agents, in the counter-attack drills the four attackers; the engine's built-in AI plays everyone else.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python mappo_grf.py --scenario 5_vs_5
     python mappo_grf.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     scenario: str = "5_vs_5"
     """5_vs_5, 11_vs_11_stochastic (also easy and hard) or an academy drill such as academy_3_vs_1_with_keeper"""
@@ -66,7 +67,7 @@ class Settings:
     num_envs: int = 24
     """games played at once (the authors' setting), in two halves that take turns"""
     num_steps: int | None = None
-    """steps of each game per iteration; by default a game's less its last: 3,000 in a match, which makes the authors'
+    """steps of each game per iteration; by default an episode's less one: 3,000 in a match, which makes the authors'
     72,000 in all, and 400 in a drill, which makes 9,600 (MAPPO has 10,000 there)"""
 
     reward_goal: float = 5.0
@@ -286,7 +287,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -336,7 +337,7 @@ def main(args: "Args"):
     actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
     critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
-    # Adam leaves parameters without a gradient alone, so that every network has an optimiser of its own in here.
+    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer}
@@ -362,13 +363,13 @@ def main(args: "Args"):
                         step["final"] = torch.max(step["final"], crashed)  # a crashed game's: no sample, the trace ends
                     step = half.look(device)
                     taken[h].append(step)
-                    if t < args.num_steps:  # else it is what the last step's next value is of
+                    if t < args.num_steps:  # the observation after the last step is only for V(s_{t+1})
                         step["actor_hidden"] = states[h]
                         step["actions"], step["log_probs"], states[h] = act(actors, step, states[h])
                         half.env.step_async(step["actions"].cpu().numpy())
             hidden["actor"] = torch.cat(states)
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in taken[0][0]:
                 parts = [torch.stack([step[name] for step in steps if name in step]) for steps in taken]
@@ -377,7 +378,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
             results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]

@@ -9,11 +9,12 @@
 The baseline that updates all agents simultaneously: one rollout, GAE, and PPO's clipped objective for each agent for
 itself. Every agent has its own actor and critic; each moves some joints of a robot, and all of them see the whole
 robot.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python mappo_mamujoco.py --scenario Ant --partition 4x2
     python mappo_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     scenario: Literal["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Walker2d"] = "Ant"
     """the robot"""
@@ -154,9 +155,9 @@ def clipped_surrogate(ratio, advantages, clip_coef):
 
 
 def action_ratio(log_ratios, has_joint, rule):
-    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints.
+    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints; has_joint (d,).
 
-    product: of the probabilities of its whole action; mean: of its joints' ratios (appendix B.4.2).
+    product: the ratio of the probabilities of its whole action; mean: the mean of its joints' ratios (appendix B.4.2).
     """
     if rule == "product":
         return log_ratios.sum(-1).clamp(-20, 20).exp()
@@ -322,7 +323,7 @@ def main(args: "Args"):
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # One for all actors, one for all critics: a step leaves those networks alone that have no gradient.
+    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
@@ -336,14 +337,14 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps, policies = [], joint_policies(actors)
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, start, final: name -> (N, ...)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
                 obs_normalizer.update(seen)
                 step["actions"], step["log_probs"] = act(policies, step["obs"])
                 step["rewards"], step["terminated"], _ = envs.play(step["actions"])
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
             steps[-1]["obs"] = obs_normalizer(steps[-1]["obs"])
 
             # Time-major: (T, N, n, ...), and one step more of what was seen; obs (T+1, N, obs_dim) are all agents'.
@@ -354,7 +355,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, by the normaliser before it moves.
+            # Values in units of return, by the normaliser before its update.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
             run.lap("rollout")

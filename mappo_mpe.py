@@ -9,11 +9,12 @@
 The baseline that updates all agents simultaneously: one rollout, GAE, and PPO's clipped objective for each agent for
 itself. Actor and critic are recurrent. The game is mpe2's simple_spread_v3, and its double in JaxMARL where speed
 counts.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python mappo_mpe.py --n-agents 3
     python mappo_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     n_agents: int = 3
     """number of agents, and of landmarks that they shall cover (the paper has 3 and 5)"""
@@ -274,7 +275,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -336,15 +337,15 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps = []
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, state, action_mask, alive, start, final: name -> (N, ...)
                 step["actor_hidden"] = hidden["actor"]
                 step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
                 step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
                 step["final"] = torch.max(step["final"], crashed)  # a game that crashed: no sample, the trace ends
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in steps[0]:
                 setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
@@ -352,7 +353,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)

@@ -6,15 +6,16 @@
 # ///
 """RPISA-PPO (Figure 13) on multi-agent MuJoCo, with a network per agent.
 
-Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: the agents in turn, cyclically. A rollout
-is for one block of agents alone, the next one for the next block. Nobody has changed when the samples are used, so that
-no correction is needed; but each sample serves one block. Every agent has its own actor and critic; each moves some
+Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: a rollout is for one block of agents alone,
+the next rollout for the next block, in cyclic order. No other block has been updated since the rollout began, so that
+nothing is corrected; but each sample serves one block. Every agent has its own actor and critic; each moves some
 joints of a robot, and all of them see the whole robot.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python rpisa_mamujoco.py --scenario Ant --partition 4x2
     python rpisa_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     scenario: Literal["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Walker2d"] = "Ant"
     """the robot"""
@@ -82,11 +83,11 @@ class Settings:
     action_ratio: Literal["mean", "product"] = "mean"
     """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
     update_epochs: int | None = None
-    """P, passes of every agent over the rollout (Table 9 by robot)"""
+    """P, passes over its rollout of the block whose turn it is (Table 9 by robot)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents; those of one are updated together (Table 9; where it has none, one for each agent)"""
+    """number of blocks; the agents of a block are updated together (Table 9; where it has none, one agent a block)"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (Table 8)"""
     huber_delta: float = 10.0
@@ -135,9 +136,9 @@ def clipped_surrogate(ratio, advantages, clip_coef):
 
 
 def action_ratio(log_ratios, has_joint, rule):
-    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints.
+    """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints; has_joint (d,).
 
-    product: of the probabilities of its whole action; mean: of its joints' ratios (appendix B.4.2).
+    product: the ratio of the probabilities of its whole action; mean: the mean of its joints' ratios (appendix B.4.2).
     """
     if rule == "product":
         return log_ratios.sum(-1).clamp(-20, 20).exp()
@@ -305,7 +306,7 @@ def main(args: "Args"):
     critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
-    # One for all actors, one for all critics: a step leaves those networks alone that have no gradient.
+    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer, "obs_normalizer": obs_normalizer}
@@ -319,14 +320,14 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps, policies = [], joint_policies(actors)
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, start, final: name -> (N, ...)
                 seen = step["obs"]
                 step["obs"] = obs_normalizer(seen)
                 obs_normalizer.update(seen)
                 step["actions"], step["log_probs"] = act(policies, step["obs"])
                 step["rewards"], step["terminated"], _ = envs.play(step["actions"])
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
             steps[-1]["obs"] = obs_normalizer(steps[-1]["obs"])
 
             # Time-major: (T, N, n, ...), and one step more of what was seen; obs (T+1, N, obs_dim) are all agents'.
@@ -337,7 +338,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, by the normaliser before it moves.
+            # Values in units of return, by the normaliser before its update.
             with torch.no_grad():
                 values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
             run.lap("rollout")

@@ -6,14 +6,15 @@
 # ///
 """RPISA-PPO (Figure 13) on SMAC, with parameters shared by all agents.
 
-Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: the agents in turn, cyclically. A rollout
-is for one block of agents alone, the next one for the next block. Nobody has changed when the samples are used, so that
-no correction is needed; but each sample serves one block. Without StarCraft II it plays SMAX.
+Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: a rollout is for one block of agents alone,
+the next rollout for the next block, in cyclic order. No other block has been updated since the rollout began, so that
+nothing is corrected; but each sample serves one block. Without StarCraft II it plays SMAX.
+The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python rpisa_smac.py --map 3s5z
     python rpisa_smac.py --eval-only --checkpoint runs/<run>/checkpoint.pt
 
-Read to the end of `main`: that is the paper, with MAPPO's networks and value loss; what stands below makes it run.
+Read to the end of `main`: that is the algorithm, with MAPPO's networks and value loss; what stands below makes it run.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Settings:
-    """The game and the algorithm; `Args`, where the run is, adds what only a run needs."""
+    """The game and the algorithm; `Args`, in the section "the run", adds what only a run needs."""
 
     map: str = "3s5z"
     """SMAC map, such as 3s5z or 5m_vs_6m; with StarCraft II also SMACv2's, such as protoss_5_vs_5"""
@@ -81,11 +82,11 @@ class Settings:
     clip_coef: float | None = None
     """base clipping parameter epsilon (Table 7 by map)"""
     update_epochs: int | None = None
-    """P, passes over the rollout (Table 7 by map)"""
+    """P, passes over its rollout of the block whose turn it is (Table 7 by map)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
-    """number of blocks of agents; those of one are updated together (Table 7 by map; at most one for each agent)"""
+    """number of blocks; the agents of a block are updated together (Table 7 by map; at most one block per agent)"""
     recurrent: bool = True
     """keep the GRU's state from step to step, else it is zeroed before each (never kept where MAPPO has no GRU)"""
     chunk_length: int = 10
@@ -272,7 +273,7 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
     """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
 
     Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks without a sample (T, N, k) are left out to save time; their outputs are zeros.
+    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
     """
     T, N, k = sample.shape
     # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
@@ -336,15 +337,15 @@ def main(args: "Args"):
             # ------------------------------------------------------------------------------------------- rollout
             steps = []
             for _ in range(args.num_steps):
-                step = envs.look(device)  # what is seen, name -> (N, ...)
+                step = envs.look(device)  # obs, state, action_mask, alive, start, final: name -> (N, ...)
                 step["actor_hidden"] = hidden["actor"]
                 step["actions"], step["log_probs"], hidden["actor"] = act(actor, step, hidden["actor"])
                 step["rewards"], step["terminated"], crashed = envs.play(step["actions"])
                 step["final"] = torch.max(step["final"], crashed)  # a game that crashed: no sample, the trace ends
                 steps.append(step)
-            steps.append(envs.look(device))  # what the last step's next value is of
+            steps.append(envs.look(device))  # the observation after the last step, for V(s_{t+1})
 
-            # Time-major: (T, N, n, ...), what is seen T + 1; at an episode's last look final is 1, its action ignored.
+            # Time-major: (T, N, n, ...), what is seen T + 1. final is 1 at an episode's last look, done a step earlier.
             rollout = SimpleNamespace(chunk_length=args.chunk_length)
             for name in steps[0]:
                 setattr(rollout, name, torch.stack([step[name] for step in steps if name in step]))
@@ -352,7 +353,7 @@ def main(args: "Args"):
             rewards, terminated, done = rollout.rewards, rollout.terminated, rollout.final[1:]
 
             torch.set_num_threads(args.torch_threads)
-            # Values in units of return, as the normaliser is before it moves; the critic sees the state and obs.
+            # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
             values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
