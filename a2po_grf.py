@@ -360,7 +360,7 @@ def main(args: "Args"):
     actors = nn.ModuleList([RecurrentNetwork(obs_dim, n_actions, H, 0.01) for _ in range(count)]).to(device)
     critics = nn.ModuleList([RecurrentNetwork(state_dim + obs_dim, 1, H, 1.0) for _ in range(count)]).to(device)
     normalizer = ValueNormalizer().to(device)
-    # One optimiser for all actors, one for all critics: its step leaves networks without a gradient as they are.
+    # One optimiser for all actors, one for all critics: a step leaves networks without a gradient as they are.
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learned = {"actor": actors, "critic": critics, "normalizer": normalizer}
