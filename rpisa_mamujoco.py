@@ -83,7 +83,7 @@ class Settings:
     action_ratio: Literal["mean", "product"] = "mean"
     """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
     update_epochs: int | None = None
-    """P, passes over its rollout of the block whose turn it is (Table 9 by robot)"""
+    """P, passes of the block whose turn it is over its rollout (Table 9 by robot)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None

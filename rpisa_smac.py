@@ -82,7 +82,7 @@ class Settings:
     clip_coef: float | None = None
     """base clipping parameter epsilon (Table 7 by map)"""
     update_epochs: int | None = None
-    """P, passes over its rollout of the block whose turn it is (Table 7 by map)"""
+    """P, passes of the block whose turn it is over its rollout (Table 7 by map)"""
     critic_steps: int = 1
     """steps of the critic in an update, where the policy takes one (authors' A2PO: 2 on most tasks)"""
     agent_blocks: int | None = None
