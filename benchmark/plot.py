@@ -68,6 +68,9 @@ class Args:
     """leave out later evaluations than at this step, to compare runs that went on with those that did not"""
     metric: Literal["auto", "win_rate", "episodic_return"] = "auto"
     """what counts; auto takes the win rate of tasks that have one, else the return"""
+    over: Literal["steps", "hours"] = "steps"
+    """what curves and areas are over: environment steps, or the hours that a run has taken, evaluations included (the
+    paper's Figure 19); hours compare runs of one machine, with as much beside them"""
     statistic: Literal["mean", "iqm"] = "mean"
     """middle of the learning curves over the seeds"""
     title: str = ""
@@ -84,6 +87,7 @@ class Args:
     """seed of the resampling"""
 
 
+AXES = {"steps": "environment steps", "hours": "hours"}
 METRICS = {"win_rate": "greedy win rate", "episodic_return": "greedy episodic return"}
 ORDERS = {"rank": "rank by E|A|, 1 is the largest", "position": "place in the order"}
 COUNTED = ("assist", "goal", "lost", "pass", "attempts")  # by episode, on Football
@@ -119,9 +123,12 @@ class Run:
     def __post_init__(self):
         self.algorithm = self.name + self.resumed
 
-    def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        steps = np.array([record["step"] for record in self.records], float)
-        return steps, np.array([value_of(record, metric) for record in self.records], float)
+    def curve(self, metric: str, over: str = "steps") -> tuple[np.ndarray, np.ndarray]:
+        """Where its evaluations are, in steps or hours, and what they found."""
+        if over == "hours" and not all(isinstance(record.get("seconds"), int | float) for record in self.records):
+            usage_error("--over hours", f"{self.path} does not say the seconds of every evaluation")
+        where = [record["seconds"] / 3600 if over == "hours" else record["step"] for record in self.records]
+        return np.array(where, float), np.array([value_of(record, metric) for record in self.records], float)
 
     def score(self, metric: str) -> float:
         return float(np.median(self.curve(metric)[1][-10:]))
@@ -383,7 +390,7 @@ def iqm(values: np.ndarray) -> np.ndarray:
 
 
 def common_grid(curves) -> np.ndarray:
-    """Steps that all curves (steps, values) span."""
+    """Steps, or hours, that all curves (steps, values) span."""
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     return np.linspace(first, last, GRID_POINTS) if first < last else np.array([min(first, last)])
 
@@ -539,17 +546,33 @@ def run_table(runs: Runs, metrics: dict[str, str], reach: float) -> str:
     return markdown([*header, f"first evaluation of {reach:g} or more, by seed"], rows)
 
 
-def areas(runs: list[Run], metric: str, end: float) -> dict[int, float]:
-    """Seed -> area under the learning curve: the mean over all evaluations up to the step `end`."""
-    curves = {run.seed: run.curve(metric) for run in runs}
-    return {seed: float(values[steps <= end].mean()) for seed, (steps, values) in curves.items()}
+def areas(by: dict[str, list[Run]], metric: str, over: str) -> dict[str, dict[int, float]]:
+    """Algorithm -> seed -> area under the learning curve. Over steps the mean of the evaluations up to the step that
+    all runs of the task have reached; over hours, where runs have not as many in the same time, of the curve between
+    the hours that all span."""
+    if over == "hours":
+        grid = common_grid([run.curve(metric, over) for some in by.values() for run in some])
+        return {
+            name: {run.seed: float(on_grid([run.curve(metric, over)], grid).mean()) for run in some}
+            for name, some in by.items()
+        }
+    end = 1.005 * min(run.records[-1]["step"] for some in by.values() for run in some)  # steps come in iterations
+    found, times = collections.defaultdict(dict), set()
+    for name, some in by.items():
+        for run in some:
+            steps, values = run.curve(metric)
+            found[name][run.seed] = float(values[steps <= end].mean())
+            times.add(int((steps <= end).sum()))
+    if max(times) > min(times) + 1 and len(by) > 1:
+        why = f"areas are means over {min(times)} to {max(times)} evaluations, more and less dense ones"
+        warn(next(iter(by.values()))[0].task, why)
+    return found
 
 
 def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
-    """The areas of every pair of algorithms over the seeds that both have, up to the step that all runs of the task
-    have reached; and the mean of the differences by seed, with its 95% bootstrap interval over the seeds. Then the same
-    over all tasks that both have, in per cent of the task's scale, where the seeds of each task are drawn for
-    themselves, and how many runs of X have the larger area."""
+    """The areas of every pair of algorithms over the seeds that both have, the mean of the differences by seed, with
+    its 95% bootstrap interval over the seeds. Then the same over all tasks that both have, in per cent of the task's
+    scale, where the seeds of each task are drawn for themselves, and how many runs of X have the larger area."""
     rows, scale, pairs = [], scales(runs, metrics), collections.defaultdict(dict)
 
     def row(task, x, y, seeds, differences, means, metric):
@@ -562,12 +585,9 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
         rows.append([task, x, y, seeds, *cells[:2], f"{cells[2]} [{interval}]"])
 
     for task, by in runs.items():
-        end = 1.005 * min(run.records[-1]["step"] for some in by.values() for run in some)  # steps come in iterations
-        times = [int((run.curve(metrics[task])[0] <= end).sum()) for some in by.values() for run in some]
-        if max(times) > min(times) + 1 and len(by) > 1:
-            warn(task, f"areas are means over {min(times)} to {max(times)} evaluations, more and less dense ones")
+        found = areas(by, metrics[task], args.over)
         for x, y in itertools.combinations(by, 2):
-            of_x, of_y = (areas(by[name], metrics[task], end) for name in (x, y))
+            of_x, of_y = found[x], found[y]
             seeds = sorted(of_x.keys() & of_y.keys())
             if seeds:
                 both = np.array([[of_x[seed], of_y[seed]] for seed in seeds])
@@ -663,10 +683,11 @@ def draw(axes, curves_by_task: list[list], name: str, place: int, statistic: str
         axes.fill_between(grid, low, high, alpha=0.15, linewidth=0, **style)
 
 
-def finish(axes):
+def finish(axes, over: str):
     from matplotlib.ticker import EngFormatter
 
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    if over == "steps":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
     axes.grid(alpha=0.3)
 
 
@@ -690,7 +711,7 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
         for name, some in by.items():
             counts = [len(other[name]) for other in runs.values() if name in other]
             label = seeds_label(name, counts)
-            curves = [run.curve(metric) for run in some]
+            curves = [run.curve(metric, args.over) for run in some]
             draw(axes, [curves], name, names.index(name), args.statistic, label, args)
             handles[label] = axes.get_lines()[-1]
         if args.reference is not None:
@@ -698,11 +719,11 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
             handles[args.reference_label] = line
         episodes = {len(r["returns"]) for some in by.values() for run in some for r in run.records if r.get("returns")}
         ylabel = METRICS[metric] + (f" ({episodes.pop()} episodes)" if len(episodes) == len(runs) == 1 else "")
-        axes.set(xlabel="environment steps", ylabel=ylabel)
+        axes.set(xlabel=AXES[args.over], ylabel=ylabel)
         axes.set_title(task if len(runs) > 1 else "", fontsize="medium")
         if metric == "win_rate":
             axes.set_ylim(-0.02, 1.02)
-        finish(axes)
+        finish(axes, args.over)
     heading = f"{'IQM' if args.statistic == 'iqm' else 'mean'} and 95% interval over seeds"
     if len(runs) == 1:
         axes.legend(title=heading, title_fontsize="small", fontsize="small")
@@ -716,7 +737,7 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
 def plot_efficiency(runs: Runs, metrics: dict[str, str], args: Args):
     """Returns of several tasks are brought to 0..1, see `scales`."""
     tasks, names, plt = shared_tasks(runs), algorithms_of(runs), pyplot()
-    curves = {(t, a): [run.curve(metrics[t]) for run in runs[t][a]] for t in tasks for a in names}
+    curves = {(t, a): [run.curve(metrics[t], args.over) for run in runs[t][a]] for t in tasks for a in names}
     scaled = [task for task in tasks if metrics[task] != "win_rate"] if len(tasks) > 1 else []
     scale = scales(runs, metrics)
     for task in scaled:
@@ -729,10 +750,10 @@ def plot_efficiency(runs: Runs, metrics: dict[str, str], args: Args):
         draw(axes, [curves[task, name] for task in tasks], name, place, "iqm", label, args)
     over = f"{len(tasks)} tasks and their seeds" if len(tasks) > 1 else f"the seeds of {tasks[0]}"
     ylabel = "normalised score" if scaled else METRICS[metrics[tasks[0]]]
-    axes.set(xlabel="environment steps", ylabel=ylabel)
+    axes.set(xlabel=AXES[args.over], ylabel=ylabel)
     if ylabel != METRICS["episodic_return"]:
         axes.set_ylim(-0.02, 1.02)
-    finish(axes)
+    finish(axes, args.over)
     axes.legend(title=f"IQM and 95% interval over {over}", title_fontsize="small", fontsize="small")
     save(figure, args.efficiency, args.title)
 
@@ -819,10 +840,10 @@ def main(args: Args):
     parts += [paper_table(runs, metrics), f"IQM of the same, [95% stratified bootstrap interval]{unit}:"]
     parts += [interval_table(runs, metrics, args), "Every run:", run_table(runs, metrics, args.reach)]
     if any(len(by) > 1 for by in runs.values()):
-        heading = (
-            "Area under the learning curve (mean over the evaluations up to the last step that all have), paired by "
-            "seed, [95% interval]"
-        )
+        heading = "mean over the evaluations up to the last step that all have"
+        if args.over == "hours":
+            heading = "mean over the hours from the last run's first evaluation to the first run's end"
+        heading = f"Area under the learning curve ({heading}), paired by seed, [95% interval]"
         if len(runs) > 1:
             heading += "; over tasks in per cent, returns of 0 to 100 by the task's lowest and highest evaluation"
         parts += [f"{heading}{unit}:", area_table(runs, metrics, args)]

@@ -10,10 +10,13 @@ from benchmark import plot
 from benchmark.run import FREE
 
 
-def write_run(path, values, steps=None, metric="win_rate"):
+def write_run(path, values, steps=None, metric="win_rate", seconds=None):
+    """seconds: of the run at each evaluation; where there are none, the lines do not have them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     steps = steps or range(100, 100 * len(values) + 1, 100)
-    path.write_text("".join(json.dumps({"step": s, metric: v}) + "\n" for s, v in zip(steps, values, strict=True)))
+    records = [{"step": s, metric: v} for s, v in zip(steps, values, strict=True)]
+    records = [record | ({"seconds": seconds[k]} if seconds else {}) for k, record in enumerate(records)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -128,6 +131,45 @@ def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
         runs = {"t": {name: some for name, some in plot.read([tmp_path])["t"].items() if name[0] in names}}
         plot.area_table(runs, {"t": "win_rate"}, plot.Args(paths=()))
         assert ("plot.py: warning: t: areas are means over 2 to 4 evaluations" in capsys.readouterr().err) == told
+
+
+def test_areas_and_curves_over_hours(tmp_path, capsys):
+    """Figure 19: of two that learn the same by the step, the one that takes longer has the smaller area."""
+    pytest.importorskip("rliable")
+    pytest.importorskip("matplotlib")
+    hours = {"x": [1, 2, 3, 4, 5], "y": [2, 4, 6, 8, 10]}
+    for name, times in hours.items():
+        for seed in (1, 2):
+            file = tmp_path / "t" / f"{name}_smac__{seed}.jsonl"
+            write_run(file, [0.0, 0.25, 0.5, 0.75, 1.0], seconds=[3600 * h for h in times])
+    runs = plot.read([tmp_path])
+    args = plot.Args(paths=(), over="hours")
+    # From y's first evaluation, after 2 hours, to x's last, after 5: x goes from .25 to 1, y from 0 to .375.
+    _, row = cells(plot.area_table(runs, {"t": "win_rate"}, args))
+    assert row == ["t", "x_smac", "y_smac", "1, 2", "62.50", "18.75", "43.75 [43.75, 43.75]"]
+    _, row = cells(plot.area_table(runs, {"t": "win_rate"}, plot.Args(paths=())))
+    assert row[4:] == ["50.00", "50.00", "0.00 [0.00, 0.00]"]
+    drawn = []
+    for k, over in enumerate(plot.AXES):
+        files = [tmp_path / f"{k}.svg", tmp_path / f"{k}-efficiency.svg"]
+        options = ["--over", over, "--out", str(files[0]), "--efficiency", str(files[1]), "--reps", "20"]
+        plot.main(plot.parse_args(plot.Args, "", [str(tmp_path / "t"), *options]))
+        drawn.append([file.read_text() for file in files])
+        printed = capsys.readouterr().out
+        assert ("first run's end" in printed, "last step that all" in printed) == (over == "hours", over == "steps")
+        for picture in drawn[-1]:
+            assert f"<!-- {plot.AXES[over]} -->" in picture
+    assert all(by_steps != by_hours for by_steps, by_hours in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("seconds", [None, ["soon"] * 2])
+def test_no_hours_without_seconds(tmp_path, seconds, capsys):
+    file = write_run(tmp_path / "t" / "x_smac__1.jsonl", [0.0, 1.0], seconds=seconds)
+    write_run(tmp_path / "t" / "y_smac__1.jsonl", [0.0, 1.0], seconds=[1, 2])
+    with pytest.raises(SystemExit) as exit:
+        plot.main(plot.parse_args(plot.Args, "", [str(tmp_path), "--over", "hours"]))
+    assert exit.value.code == 2
+    assert f"plot.py: error: --over hours: {file} does not say the seconds" in capsys.readouterr().err
 
 
 def test_areas_over_tasks_of_several_benchmarks(tmp_path):
