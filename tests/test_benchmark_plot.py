@@ -133,7 +133,7 @@ def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
         assert ("plot.py: warning: t: areas are means over 2 to 4 evaluations" in capsys.readouterr().err) == told
 
 
-def test_areas_and_curves_over_hours(tmp_path, capsys):
+def test_areas_and_curves_over_hours(tmp_path, monkeypatch, capsys):
     """Figure 19: of two that learn the same by the step, the one that takes longer has the smaller area."""
     pytest.importorskip("rliable")
     pytest.importorskip("matplotlib")
@@ -150,16 +150,24 @@ def test_areas_and_curves_over_hours(tmp_path, capsys):
     _, row = cells(plot.area_table(runs, {"t": "win_rate"}, plot.Args(paths=())))
     assert row[4:] == ["50.00", "50.00", "0.00 [0.00, 0.00]"]
     drawn = []
+    draw = plot.draw
+
+    def recording(axes, curves, *others):
+        drawn.append(curves)
+        draw(axes, curves, *others)
+
+    monkeypatch.setattr(plot, "draw", recording)
     for k, over in enumerate(plot.AXES):
+        drawn.clear()
         files = [tmp_path / f"{k}.svg", tmp_path / f"{k}-efficiency.svg"]
         options = ["--over", over, "--out", str(files[0]), "--efficiency", str(files[1]), "--reps", "20"]
         plot.main(plot.parse_args(plot.Args, "", [str(tmp_path / "t"), *options]))
-        drawn.append([file.read_text() for file in files])
         printed = capsys.readouterr().out
         assert ("first run's end" in printed, "last step that all" in printed) == (over == "hours", over == "steps")
-        for picture in drawn[-1]:
-            assert f"<!-- {plot.AXES[over]} -->" in picture
-    assert all(by_steps != by_hours for by_steps, by_hours in zip(*drawn, strict=True))
+        assert all(f"<!-- {plot.AXES[over]} -->" in file.read_text() for file in files)
+        # x and y in the learning curves, then in sample efficiency: where the evaluations of a run are.
+        where = [curves[0][0][0].tolist() for curves in drawn]
+        assert where == 2 * (list(hours.values()) if over == "hours" else [[100, 200, 300, 400, 500]] * 2)
 
 
 @pytest.mark.parametrize("seconds", [None, ["soon"] * 2])
