@@ -17,8 +17,8 @@ paper's do. --methods puts the scripts of several benchmarks side by side, whose
 
 The score of a run is the median of its last ten evaluations, a table's cell the median (standard deviation, n - 1 in
 the denominator) of the scores over the seeds, as in the paper. Intervals are 95% stratified bootstrap intervals
-(rliable). With fewer than four runs the interquartile mean cuts nothing off: it is the mean. Runs on Football have the
-paper's Table 3 besides.
+(rliable); beside those of areas stands p of a t test. With fewer than four runs the interquartile mean cuts nothing
+off: it is the mean. Runs on Football have the paper's Table 3 besides.
 """
 
 import collections
@@ -419,6 +419,18 @@ def intervals(scores, statistic, args: Args) -> tuple[np.ndarray, np.ndarray]:
     return ends[""][0], ends[""][1]
 
 
+def t_test(differences: np.ndarray) -> float:
+    """Two-sided p of no difference in the mean, from differences (seeds, tasks): of one task the paired t test, over
+    tasks, each with a variance of its own, Welch's. With few seeds the bootstrap's intervals are too narrow."""
+    from scipy import stats
+
+    variances = differences.var(0, ddof=1) / len(differences)  # of each task's mean
+    if not variances.any():
+        return 0.0 if differences.any() else 1.0
+    freedom = variances.sum() ** 2 / (variances**2).sum() * (len(differences) - 1)  # Welch-Satterthwaite
+    return float(2 * stats.t.sf(abs(differences.mean(0).sum()) / math.sqrt(variances.sum()), freedom))
+
+
 def middle_of(values: np.ndarray, statistic: str) -> np.ndarray:
     """values (runs, tasks, ...) -> (...): mean or IQM over runs and tasks."""
     flat = values.reshape(-1, *values.shape[2:])
@@ -571,18 +583,19 @@ def areas(by: dict[str, list[Run]], metric: str, over: str) -> dict[str, dict[in
 
 def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
     """The areas of every pair of algorithms over the seeds that both have, the mean of the differences by seed, with
-    its 95% bootstrap interval over the seeds. Then the same over all tasks that both have, in per cent of the task's
-    scale, where the seeds of each task are drawn for themselves, and how many runs of X have the larger area."""
+    its 95% bootstrap interval over the seeds, with how many of them X has the larger area, and `t_test`'s p. Then the
+    same over all tasks that both have, in per cent of the task's scale; each task's seeds are drawn for themselves."""
     rows, scale, pairs = [], scales(runs, metrics), collections.defaultdict(dict)
 
     def row(task, x, y, seeds, differences, means, metric):
         """differences (seeds, tasks)"""
-        interval = "one seed"
+        interval, p = "one seed", ""
         if len(differences) > 1:
             ends = intervals(differences, lambda z: middle_of(z, "mean"), args)
-            interval = ", ".join(number(float(side[0]), metric, 2) for side in ends)
+            interval, p = ", ".join(number(float(side[0]), metric, 2) for side in ends), f"{t_test(differences):.3f}"
         cells = [number(float(value), metric, 2) for value in (*means, differences.mean())]
-        rows.append([task, x, y, seeds, *cells[:2], f"{cells[2]} [{interval}]"])
+        ahead = f"{(differences > 0).sum()} of {differences.size}"
+        rows.append([task, x, y, seeds, *cells[:2], f"{cells[2]} [{interval}]", ahead, p])
 
     for task, by in runs.items():
         found = areas(by, metrics[task], args.over)
@@ -599,9 +612,8 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
             fewest = min(map(len, by_task.values()))
             both = np.stack([of_task[:fewest] for of_task in by_task.values()], 1)  # (seeds, tasks, 2)
             differences = both[..., 0] - both[..., 1]
-            text = f"{len(both)} of each, X ahead in {(differences > 0).sum()} of {differences.size}"
-            row(f"{len(by_task)} tasks", x, y, text, differences, both.mean((0, 1)), "win_rate")
-    return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y"], rows)
+            row(f"{len(by_task)} tasks", x, y, f"{len(both)} of each", differences, both.mean((0, 1)), "win_rate")
+    return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y", "X ahead", "p"], rows)
 
 
 def behaviour(run: Run) -> tuple[float, ...] | None:
@@ -843,7 +855,7 @@ def main(args: Args):
         heading = "mean over the evaluations up to the last step that all have"
         if args.over == "hours":
             heading = "mean over the hours from the last run's first evaluation to the first run's end"
-        heading = f"Area under the learning curve ({heading}), paired by seed, [95% interval]"
+        heading = f"Area under the learning curve ({heading}), paired by seed, [95% interval], p by a t test"
         if len(runs) > 1:
             heading += "; over tasks in per cent, returns of 0 to 100 by the task's lowest and highest evaluation"
         parts += [f"{heading}{unit}:", area_table(runs, metrics, args)]

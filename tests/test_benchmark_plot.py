@@ -117,10 +117,23 @@ def test_areas_are_paired_by_seed(tmp_path):
     runs = plot.read([tmp_path])
     _, row = cells(plot.area_table(runs, plot.choose_metrics(runs, "auto"), plot.Args(paths=())))
     # Differences 0.25, 0, 0.5: with three seeds the bootstrap's 95% reach to the smallest and the largest.
-    assert row == ["t", "x_smac", "y_smac", "1, 2, 3", "50.00", "25.00", "25.00 [0.00, 50.00]"]
+    # Their mean is .25 and its standard error .25 / sqrt(3): t is sqrt(3), whose p with two degrees of freedom is
+    # 1 - t / sqrt(2 + t^2).
+    p = f"{1 - (3 / 5) ** 0.5:.3f}"
+    assert row == ["t", "x_smac", "y_smac", "1, 2, 3", "50.00", "25.00", "25.00 [0.00, 50.00]", "2 of 3", p]
     pair = {"t": {name: [run for run in some if run.seed == 1] for name, some in runs["t"].items()}}
     (_, row) = cells(plot.area_table(pair, {"t": "win_rate"}, plot.Args(paths=())))
-    assert row[-1] == "25.00 [one seed]"
+    assert row[-3:] == ["25.00 [one seed]", "1 of 1", ""]
+
+
+def test_the_t_test_is_paired_and_welchs_over_tasks():
+    """With one task SciPy's paired test; with two, Welch's test of one's differences against the negative others."""
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(0, 1, 6) + 0.5, generator.normal(0, 3, 6)
+    assert plot.t_test((x - y)[:, None]) == pytest.approx(stats.ttest_rel(x, y).pvalue)
+    assert plot.t_test(np.stack([x, y], 1)) == pytest.approx(stats.ttest_ind(x, -y, equal_var=False).pvalue)
+    assert plot.t_test(np.full((3, 2), 0.5)) == 0 and plot.t_test(np.zeros((3, 2))) == 1
 
 
 def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
@@ -146,9 +159,9 @@ def test_areas_and_curves_over_hours(tmp_path, monkeypatch, capsys):
     args = plot.Args(paths=(), over="hours")
     # From y's first evaluation, after 2 hours, to x's last, after 5: x goes from .25 to 1, y from 0 to .375.
     _, row = cells(plot.area_table(runs, {"t": "win_rate"}, args))
-    assert row == ["t", "x_smac", "y_smac", "1, 2", "62.50", "18.75", "43.75 [43.75, 43.75]"]
+    assert row == ["t", "x_smac", "y_smac", "1, 2", "62.50", "18.75", "43.75 [43.75, 43.75]", "2 of 2", "0.000"]
     _, row = cells(plot.area_table(runs, {"t": "win_rate"}, plot.Args(paths=())))
-    assert row[4:] == ["50.00", "50.00", "0.00 [0.00, 0.00]"]
+    assert row[4:] == ["50.00", "50.00", "0.00 [0.00, 0.00]", "0 of 2", "1.000"]
     drawn = []
     draw = plot.draw
 
@@ -198,8 +211,8 @@ def test_areas_over_tasks_of_several_benchmarks(tmp_path):
     # Up to the first step alone, which all runs of the task have: -10 and 10, 0 and 0, of seeds 1 and 2, on the scale
     # 0 and .5, .25 and .25. With win rates of .5 and .25, .75 and .5, the means are .375 both. The extreme resamples
     # take the same seed twice: -.5 or 0 on one task, .25 on the other.
-    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each, X ahead in 2 of 4"]
-    assert last[4:] == ["37.50", "37.50", "0.00 [-12.50, 12.50]"]
+    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each"]
+    assert last[4:] == ["37.50", "37.50", "0.00 [-12.50, 12.50]", "2 of 4", "1.000"]
     runs = plot.read([tmp_path])
     assert len(cells(plot.area_table(runs, metrics, plot.Args(paths=())))) == 3, "a row per task: no pair is in both"
 
