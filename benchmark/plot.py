@@ -419,16 +419,27 @@ def intervals(scores, statistic, args: Args) -> tuple[np.ndarray, np.ndarray]:
     return ends[""][0], ends[""][1]
 
 
-def t_test(differences: np.ndarray) -> float:
-    """Two-sided p of no difference in the mean, from differences (seeds, tasks): of one task the paired t test, over
-    tasks, each with a variance of its own, Welch's. With few seeds the bootstrap's intervals are too narrow."""
+def interval_over_tasks(samples: list[np.ndarray], args: Args) -> tuple[float, float]:
+    """The same of the mean over tasks of each sample's mean; the tasks may have different numbers of seeds."""
+    from arch.bootstrap import IndependentSamplesBootstrap
+
+    bootstrap = IndependentSamplesBootstrap(*samples, seed=args.seed)
+    ends = bootstrap.conf_int(lambda *drawn: np.mean([x.mean() for x in drawn]), args.reps, method="percentile")
+    return tuple(ends[:, 0])
+
+
+def t_test(samples: list[np.ndarray]) -> float:
+    """Two-sided p of no difference in the mean over tasks, from a task's differences by seed each: of one task the
+    paired t test, of several, each with a variance of its own, Welch's. With few seeds bootstrap intervals are too
+    narrow."""
     from scipy import stats
 
-    variances = differences.var(0, ddof=1) / len(differences)  # of each task's mean
+    variances = np.array([x.var(ddof=1) / len(x) for x in samples])  # of each task's mean
     if not variances.any():
-        return 0.0 if differences.any() else 1.0
-    freedom = variances.sum() ** 2 / (variances**2).sum() * (len(differences) - 1)  # Welch-Satterthwaite
-    return float(2 * stats.t.sf(abs(differences.mean(0).sum()) / math.sqrt(variances.sum()), freedom))
+        return 0.0 if any(x.any() for x in samples) else 1.0
+    freedom = variances.sum() ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, samples, strict=True))
+    t = sum(x.mean() for x in samples) / math.sqrt(variances.sum())
+    return float(2 * stats.t.sf(abs(t), freedom))  # degrees of freedom by Welch and Satterthwaite
 
 
 def middle_of(values: np.ndarray, statistic: str) -> np.ndarray:
@@ -587,14 +598,18 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
     same over all tasks that both have, in per cent of the task's scale; each task's seeds are drawn for themselves."""
     rows, scale, pairs = [], scales(runs, metrics), collections.defaultdict(dict)
 
-    def row(task, x, y, seeds, differences, means, metric):
-        """differences (seeds, tasks)"""
-        interval, p = "one seed", ""
-        if len(differences) > 1:
-            ends = intervals(differences, lambda z: middle_of(z, "mean"), args)
-            interval, p = ", ".join(number(float(side[0]), metric, 2) for side in ends), f"{t_test(differences):.3f}"
-        cells = [number(float(value), metric, 2) for value in (*means, differences.mean())]
-        ahead = f"{(differences > 0).sum()} of {differences.size}"
+    def row(task, x, y, seeds, both: list[np.ndarray], metric):
+        """both: of every task (seeds, 2)"""
+        samples, interval, p = [areas_of_task[:, 0] - areas_of_task[:, 1] for areas_of_task in both], "one seed", ""
+        if min(map(len, samples)) > 1:
+            if len(samples) == 1:
+                ends = [float(end[0]) for end in intervals(samples[0][:, None], lambda z: middle_of(z, "mean"), args)]
+            else:
+                ends = interval_over_tasks(samples, args)
+            interval, p = ", ".join(number(end, metric, 2) for end in ends), f"{t_test(samples):.3f}"
+        means = np.mean([areas_of_task.mean(0) for areas_of_task in both], 0)
+        cells = [number(float(value), metric, 2) for value in (*means, means[0] - means[1])]
+        ahead = f"{sum((x > 0).sum() for x in samples)} of {sum(map(len, samples))}"
         rows.append([task, x, y, seeds, *cells[:2], f"{cells[2]} [{interval}]", ahead, p])
 
     for task, by in runs.items():
@@ -604,15 +619,13 @@ def area_table(runs: Runs, metrics: dict[str, str], args: Args) -> str:
             seeds = sorted(of_x.keys() & of_y.keys())
             if seeds:
                 both = np.array([[of_x[seed], of_y[seed]] for seed in seeds])
-                differences, text = both[:, :1] - both[:, 1:], ", ".join(map(str, seeds))
-                row(task, x, y, text, differences, both.mean(0), metrics[task])
+                row(task, x, y, ", ".join(map(str, seeds)), [both], metrics[task])
                 pairs[x, y][task] = (both - scale[task][0]) / scale[task][1]
     for (x, y), by_task in pairs.items():
         if len(by_task) > 1:
-            fewest = min(map(len, by_task.values()))
-            both = np.stack([of_task[:fewest] for of_task in by_task.values()], 1)  # (seeds, tasks, 2)
-            differences = both[..., 0] - both[..., 1]
-            row(f"{len(by_task)} tasks", x, y, f"{len(both)} of each", differences, both.mean((0, 1)), "win_rate")
+            fewest, most = min(map(len, by_task.values())), max(map(len, by_task.values()))
+            seeds = f"{fewest}{f' to {most}' if most > fewest else ''} of each"
+            row(f"{len(by_task)} tasks", x, y, seeds, list(by_task.values()), "win_rate")
     return markdown(["task", "X", "Y", "seeds", "area X", "area Y", "X - Y", "X ahead", "p"], rows)
 
 

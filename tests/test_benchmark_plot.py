@@ -131,9 +131,10 @@ def test_the_t_test_is_paired_and_welchs_over_tasks():
     stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(0)
     x, y = generator.normal(0, 1, 6) + 0.5, generator.normal(0, 3, 6)
-    assert plot.t_test((x - y)[:, None]) == pytest.approx(stats.ttest_rel(x, y).pvalue)
-    assert plot.t_test(np.stack([x, y], 1)) == pytest.approx(stats.ttest_ind(x, -y, equal_var=False).pvalue)
-    assert plot.t_test(np.full((3, 2), 0.5)) == 0 and plot.t_test(np.zeros((3, 2))) == 1
+    assert plot.t_test([x - y]) == pytest.approx(stats.ttest_rel(x, y).pvalue)
+    for few in (y, y[:3]):
+        assert plot.t_test([x, few]) == pytest.approx(stats.ttest_ind(x, -few, equal_var=False).pvalue)
+    assert plot.t_test([np.full(3, 0.5)] * 2) == 0 and plot.t_test([np.zeros(3)] * 2) == 1
 
 
 def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
@@ -208,11 +209,12 @@ def test_areas_over_tasks_of_several_benchmarks(tmp_path):
     metrics = plot.choose_metrics(runs, "auto")
     assert plot.scales(runs, metrics) == {"won": (0.0, 1.0), "paid": (-10.0, 40.0)}
     last = cells(plot.area_table(runs, metrics, plot.Args(paths=())))[-1]
-    # Up to the first step alone, which all runs of the task have: -10 and 10, 0 and 0, of seeds 1 and 2, on the scale
-    # 0 and .5, .25 and .25. With win rates of .5 and .25, .75 and .5, the means are .375 both. The extreme resamples
-    # take the same seed twice: -.5 or 0 on one task, .25 on the other.
-    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 of each"]
-    assert last[4:] == ["37.50", "37.50", "0.00 [-12.50, 12.50]", "2 of 4", "1.000"]
+    # Up to the first step alone, which all runs of the task have: on the scale 0 and .5, .25 and .25, .475 and .475,
+    # with means of .2417 and .4083. With win rates of .5 and .25, .75 and .5, over both .4333 and .3917. The extreme
+    # resamples of the first, differences of -.5, 0 and 0, are -.5 and 0; those of the second are always .25. Welch's t
+    # is (.25 - .1667) / .1667, with the first's two degrees of freedom.
+    assert last[:4] == ["2 tasks", "a2po-no-preopc", "mappo", "2 to 3 of each"]
+    assert last[4:] == ["43.33", "39.17", "4.17 [-12.50, 12.50]", "2 of 5", f"{1 - 0.5 / 1.5:.3f}"]
     runs = plot.read([tmp_path])
     assert len(cells(plot.area_table(runs, metrics, plot.Args(paths=())))) == 3, "a row per task: no pair is in both"
 
