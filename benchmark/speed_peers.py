@@ -158,7 +158,7 @@ def harl(clock: Clock, threads: int):
     OnPolicyHARunner({"algo": "happo", "env": "pettingzoo_mpe", "exp_name": "x"}, settings, game).run()
 
 
-def authors(clock: Clock, threads: int):
+def authors(clock: Clock, threads: int, further_flags: str = "", **further_settings):
     """A2PO of the paper's authors; with one network, which their MPE settings refuse and their SMAC settings have."""
     today(old_steps=True)
     stand_in("setproctitle", "tensorboardX", "aim", "pettingzoo.sisl", "prettytable")
@@ -172,6 +172,7 @@ def authors(clock: Clock, threads: int):
     def safe_load(file):
         settings = load(file)
         settings["simple_spread"] |= {"share_policy": True, "use_cum_sequence": True, "n_training_threads": threads}
+        settings["simple_spread"] |= further_settings
         return settings
 
     yaml.safe_load, train_pettingzoo.sanity_check = safe_load, lambda args: None
@@ -180,7 +181,7 @@ def authors(clock: Clock, threads: int):
         --use_aim True --ppo_epoch 8 --use_sequential True --seq_strategy semi_greedy --loop_order ppo --adv gae_trace
         --gae_lambda 0.95 --use_two_stage False --clip_param_tuner True --clip_others True --use_agent_block True
         --block_num 3 --log_interval 1000000"""
-    train_pettingzoo.main(flags.split())
+    train_pettingzoo.main([*flags.split(), *further_flags.split()])
 
 
 def cleanmarl(clock: Clock, threads: int):
@@ -280,13 +281,18 @@ def measure(name: str, iterations: int, threads: int) -> dict[str, list[float]]:
     return clock.seconds
 
 
+def copy_of(folder: Path, copy: Path):
+    """Of the programs and settings in a folder, beside which they may write."""
+    for file in [*folder.rglob("*.py"), *folder.rglob("*.yaml")]:
+        target = copy / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+
+
 def run_peer(name: str, folder: Path, args: Args, threads: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as copy, open(Path(copy, "log"), "w+") as log:
         result = Path(copy, "result.json")
-        for file in [*folder.rglob("*.py"), *folder.rglob("*.yaml")]:  # it may write beside them
-            target = Path(copy, file.relative_to(folder))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
+        copy_of(folder, Path(copy))
         numbers = (str(args.warmup + args.iterations), str(threads))
         command = [sys.executable, __file__, "--measure", name, *numbers, str(result)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -2,11 +2,27 @@
 worked for it."""
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import bounds, plot, policy, random_mpe, run, speed, speed_grf, speed_peers, upside_down, watch
+from benchmark import (
+    bounds,
+    plot,
+    policy,
+    random_mpe,
+    run,
+    sampled_mpe,
+    speed,
+    speed_grf,
+    speed_peers,
+    upside_down,
+    watch,
+)
 
 WORK = {  # what begins each program's work
     run: ("find_run", "run_all"),
@@ -16,6 +32,7 @@ WORK = {  # what begins each program's work
     speed_grf: ("BareEngines", "Games"),
     speed_peers: ("run_peer",),
     random_mpe: ("random_returns",),
+    sampled_mpe: ("train_theirs", "read_ours"),
     upside_down: ("measure",),
 }
 TABLE2 = ["table2", "--smax", "--tasks", "3s5z", "--algorithms", "mappo", "--seeds", "1"]
@@ -38,6 +55,8 @@ CASES = [
     (speed_peers, ["cleanmarl=.", "--out", "FILE/x.json"]),
     (speed_peers, ["cleanmarl=.", "--out", "FOLDER"]),
     (random_mpe, ["FILE/x.json"]),
+    (sampled_mpe, ["cleanmarl", "--out", "FILE/x.jsonl"]),
+    (sampled_mpe, ["cleanmarl", "--out", "FOLDER"]),
     (policy, ["FILE", "FILE/x.pt"]),
     (upside_down, ["FILE", "--out", "FILE/x.json"]),
 ]
@@ -54,6 +73,7 @@ CASES = [
         (speed, "--out", "Missing value for argument '--out'. Expected 1 values; see --help"),
         (bounds, "--out x --gamma", "Unrecognized options: --gamma; see"),
         (random_mpe, "", "PATH JSON file to write"),
+        (sampled_mpe, "runs/x", "Missing from"),
         (policy, "one", "PATH file to write (required)"),
         (speed_grf, "--nonsense 3", "Unrecognized options: --nonsense, 3; see --help"),
         (speed_peers, "harl=x", "Missing from"),
@@ -83,7 +103,8 @@ def test_it_is_told_before_the_work(program, argv, tmp_path, monkeypatch, capsys
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
     (tmp_path / "FOLDER" / "runs").write_text("")  # a folder to write to
     (tmp_path / "cleanmarl").mkdir()
-    (tmp_path / "cleanmarl" / "mappo_lstm_multienvs.py").write_text("")
+    for name in ("mappo_lstm_multienvs.py", "config.json"):
+        (tmp_path / "cleanmarl" / name).write_text("")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     for name in WORK.get(program, ()):
@@ -113,6 +134,63 @@ def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
     levels = json.loads((tmp_path / "new" / "random.json").read_text())
     assert list(levels) == ["spread-3-0", "spread-3-0.5", "spread-5-0", "spread-5-0.5"]
     assert levels["spread-5-0.5"] == {"episodes": 2, "mean": -2.75, "standard_error": round(2.25 / 2**0.5, 3)}
+
+
+def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
+    """Of two files of events the later one counts from where the run was resumed; a step may end its window."""
+    names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks deep".split()
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, "x") | {"seed": 7}))
+    for returns in ({1000: 1.0, 2000: 2.0, 2800: 9.0}, {2400: 4.0, 3200: 5.0, 4000: 7.0, 4800: 8.0}):
+        writer = SummaryWriter(tmp_path, filename_suffix=f".{len(returns)}", purge_step=min(returns))
+        for step, value in returns.items():
+            writer.add_scalar("charts/episodic_return", value, step)
+        writer.close()
+    out = tmp_path / "out.jsonl"
+    sampled_mpe.main(sampled_mpe.Args(tmp_path, out, total_timesteps=4000, window=2000))
+    record = json.loads(out.read_text())
+    assert record["seed"] == 7 and record["trainer"] == "ours" and record["returns"] == [1.5, 5.333]
+    for path, steps, text in (
+        (tmp_path, 9000, "has not come to step 9000"),
+        (tmp_path / "a", 4000, "is neither a run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            sampled_mpe.main(sampled_mpe.Args(path, out, total_timesteps=steps, window=2000))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and text in line and len(out.read_text().splitlines()) == 1
+
+
+def test_sampled_returns_of_the_authors_trainer(tmp_path):
+    """A made-up one, which logs what it is given as returns: the settings, and that nothing else is taken for one."""
+    files = {
+        "config/pettingzoo.yaml": "simple_spread: {env_args: {local_ratio: 0.5}}",
+        "runner/pettingzoo_runner.py": """
+            class PettingZooRunner:
+                def run(self, settings, flags):
+                    assert settings["share_policy"] and settings["use_cum_sequence"]
+                    assert settings["env_args"]["local_ratio"] == 0 and flags["--use_two_stage"] == "True"
+                    for step in range(800, settings["num_env_steps"] + 1, 800):
+                        self.log_train({"average_episode_rewards": int(flags["--seed"])}, step)
+                        self.log_train({"agent0/individual_rewards": 99}, step)
+            """,
+        "scripts/train/train_pettingzoo.py": """
+            import yaml
+            ShareDummyVecEnv, ShareSubprocVecEnv = "here", "processes"
+            def main(words):
+                from onpolicy.runner.pettingzoo_runner import PettingZooRunner
+                flags = dict(zip(words[::2], words[1::2]))
+                assert flags["--log_interval"] == "1" and ShareSubprocVecEnv == "here"
+                with open("onpolicy/config/pettingzoo.yaml") as file:
+                    PettingZooRunner().run(yaml.safe_load(file)["simple_spread"], flags)
+            """,
+    }
+    for name, text in files.items():
+        file = tmp_path / "theirs" / "onpolicy" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(text))
+    words = "theirs --out out.jsonl --seed 3 --total-timesteps 4000 --window 2000".split()
+    subprocess.run([sys.executable, sampled_mpe.__file__, *words], cwd=tmp_path, check=True)
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert record["trainer"] == "authors" and record["seed"] == 3 and record["returns"] == [3.0, 3.0]
 
 
 def test_on_the_back(tmp_path, monkeypatch):
