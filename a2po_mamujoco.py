@@ -6,9 +6,9 @@
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on multi-agent MuJoCo, with a network per agent.
 
-The paper's Algorithm 1: one rollout, then blocks of agents one after the other (semi-greedy order), each with its own
-PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Every agent has its own actor and
-critic; each moves some joints of a robot, and all of them see the whole robot.
+The paper's Algorithm 1: one rollout, then the blocks of agents one after the other (semi-greedy order), each with all
+its epochs and a PreOPC advantage of its own (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Every
+agent has its own actor and critic; each moves some joints of a robot, and all of them see the whole robot.
 
     python a2po_mamujoco.py --scenario Ant --partition 4x2
     python a2po_mamujoco.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -126,7 +126,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 
     rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
     a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
-    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rho = pi_hat / pi of the joint action, with pi_hat as it is by now. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -313,8 +313,8 @@ def act(policies, obs, greedy=False):
 def policy_change(actor, rollout, agent):
     """An agent's policy now against the policy that sampled.
 
-    Returns log r (T, N, d) for each of its joints, where r is the ratio of the probability densities of what was done,
-    0 where there is no sample or no such joint; and the entropy of the policy now (T, N).
+    Returns log r (T, N, d) for each of its joints, r = new / old probability density of the action taken, with 0 where
+    there is no sample or no such joint; and the entropy of the policy now (T, N).
     """
     policy = Normal(*actor(rollout.obs[:-1]), validate_args=False)
     has_joint, sample = rollout.has_joint[agent], rollout.sample[..., agent].unsqueeze(-1)
@@ -378,7 +378,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # No policy has changed yet: rho is 1, Eq. (2) is GAE. These serve the order, the normaliser and the log.
+            # No policy has changed yet: Eq. (2) is GAE. These advantages serve the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]

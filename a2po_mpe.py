@@ -6,9 +6,9 @@
 # ///
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on MPE Navigation, parameters shared by all agents.
 
-The paper's Algorithm 2: one rollout, then blocks of agents one after the other (semi-greedy order), each with its own
-PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Actor and critic are recurrent. The
-game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
+The paper's Algorithm 2: a rollout, then epochs, in each blocks of agents one after the other (semi-greedy order), every
+update with its PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Actor and critic
+are recurrent. The game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
 
     python a2po_mpe.py --n-agents 3
     python a2po_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt
@@ -123,7 +123,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 
     rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
     a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
-    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rho = pi_hat / pi of the joint action, with pi_hat as it is by now. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -204,7 +204,7 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class RecurrentNetwork(nn.Module):
-    """LayerNorm, ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+    """LayerNorm, ReLU layers, GRU, with LayerNorm after each, and a linear head (MAPPO default). Actor and critic."""
 
     def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent=True, deep=False):
         super().__init__()
@@ -312,8 +312,8 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
 def policy_change(actor, rollout, agents):
     """The policy now against the policy that sampled, for the k agents at hand.
 
-    Returns log r (T, N, k), where r is the ratio of the probabilities of what was done, 0 where there is no sample; and
-    the entropy of the policy now (T, N, k).
+    Returns log r (T, N, k), r = new / old probability of the action taken, with 0 where there is no sample; and the
+    entropy of the policy now (T, N, k).
     """
     obs, hidden = rollout.obs[:-1].index_select(2, agents), rollout.actor_hidden.index_select(2, agents)
     sample = rollout.sample[..., agents]
@@ -380,7 +380,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # No policy has changed yet: rho is 1, Eq. (2) is GAE. These serve the order, the normaliser and the log.
+            # No policy has changed yet: Eq. (2) is GAE. These advantages serve the order, the normaliser and the log.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]
@@ -395,7 +395,7 @@ def main(args: "Args"):
             if args.cumulative_blocks:
                 blocks = [torch.cat(blocks[: k + 1]) for k in range(len(blocks))]
 
-            # Algorithm 2: ceil(P / blocks) epochs, and in each the blocks one after the other.
+            # Algorithm 2, with blocks for agents: ceil(P / blocks) epochs, and in each the blocks one after the other.
             for _ in range(math.ceil(args.update_epochs / len(blocks))):
                 for position, agents in enumerate(blocks, start=1):
                     # Parameters are shared: every update moves all policies, so everyone's ratio is needed anew.

@@ -143,7 +143,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 
     rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
     a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
-    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rho = pi_hat / pi of the joint action, with pi_hat as it is by now. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -201,7 +201,7 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class RecurrentNetwork(nn.Module):
-    """LayerNorm, ReLU layers, GRU, linear head, with LayerNorm after each (MAPPO default). Actor and critic."""
+    """LayerNorm, ReLU layers, GRU, with LayerNorm after each, and a linear head (MAPPO default). Actor and critic."""
 
     def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float, recurrent=True, deep=False):
         super().__init__()
@@ -314,8 +314,8 @@ def run_chunks(network, inputs, hidden, start, sample, chunk_length):
 def policy_change(actor, rollout, agents):
     """The policy now against the policy that sampled, for the k agents at hand.
 
-    Returns log r (T, N, k), where r is the ratio of the probabilities of what was done, 0 where there is no sample; and
-    the entropy of the policy now (T, N, k).
+    Returns log r (T, N, k), r = new / old probability of the action taken, with 0 where there is no sample; and the
+    entropy of the policy now (T, N, k).
     """
     obs, hidden = rollout.obs[:-1].index_select(2, agents), rollout.actor_hidden.index_select(2, agents)
     sample = rollout.sample[..., agents]

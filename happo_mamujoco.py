@@ -139,7 +139,7 @@ def preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae
 
     rewards (T, N, n): T steps, N environments, n agents; values (T+1, N, n), units of return; terminated, done (T, N):
     a terminal state is worth nothing, a time limit (done, not terminated) only ends the trace; joint_ratio (T, N),
-    rho = pi_hat / pi of the joint action. Returns (T, N, n). With rho = 1 this is GAE.
+    rho = pi_hat / pi of the joint action, with pi_hat as it is by now. Returns (T, N, n). With rho = 1 this is GAE.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -303,8 +303,8 @@ def act(policies, obs, greedy=False):
 def policy_change(actor, rollout, agent):
     """An agent's policy now against the policy that sampled.
 
-    Returns log r (T, N, d) for each of its joints, where r is the ratio of the probability densities of what was done,
-    0 where there is no sample or no such joint; and the entropy of the policy now (T, N).
+    Returns log r (T, N, d) for each of its joints, r = new / old probability density of the action taken, with 0 where
+    there is no sample or no such joint; and the entropy of the policy now (T, N).
     """
     policy = Normal(*actor(rollout.obs[:-1]), validate_args=False)
     has_joint, sample = rollout.has_joint[agent], rollout.sample[..., agent].unsqueeze(-1)

@@ -298,8 +298,8 @@ def act(policies, obs, greedy=False):
 def policy_change(actor, rollout, agent):
     """An agent's policy now against the policy that sampled.
 
-    Returns log r (T, N, d) for each of its joints, where r is the ratio of the probability densities of what was done,
-    0 where there is no sample or no such joint; and the entropy of the policy now (T, N).
+    Returns log r (T, N, d) for each of its joints, r = new / old probability density of the action taken, with 0 where
+    there is no sample or no such joint; and the entropy of the policy now (T, N).
     """
     policy = Normal(*actor(rollout.obs[:-1]), validate_args=False)
     has_joint, sample = rollout.has_joint[agent], rollout.sample[..., agent].unsqueeze(-1)
