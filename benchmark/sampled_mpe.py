@@ -2,7 +2,7 @@
 
     python benchmark/sampled_mpe.py runs/spread-3-0-jaxmarl__a2po_mpe__1__1795932780 --out ours.jsonl
     git clone https://github.com/xihuai18/A2PO-ICLR2023
-    python benchmark/sampled_mpe.py A2PO-ICLR2023 --seed 1 --out authors.jsonl    # trains, some twenty minutes
+    python benchmark/sampled_mpe.py A2PO-ICLR2023 --seed 1 --out authors.jsonl    # trains, half an hour or more
 
 Adds a line to --out: the mean return per agent of the training episodes that ended in each window of steps. What a run
 of ours has it reads from TensorBoard. Theirs is trained here, on one thread, with the settings of speed_peers.py, of
