@@ -27,6 +27,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import speed_peers  # noqa: E402
 from benchmark.cli import parse_args  # noqa: E402
+from benchmark.run import read_config  # noqa: E402
+
+RETURN = "charts/episodic_return"  # in TensorBoard
 
 
 @dataclass
@@ -59,7 +62,8 @@ def writing(out: Path):
 
 
 class Returns:
-    """Of the authors' runner what it logs in every iteration; takes the place of speed_peers' clock."""
+    """Of the authors' runner what it logs in every iteration; takes the place of speed_peers' clock, which is told of
+    the runner when all is imported."""
 
     def __init__(self):
         self.by_step = []
@@ -69,6 +73,9 @@ class Returns:
             if "average_episode_rewards" in numbers:
                 self.by_step.append((step, float(numbers["average_episode_rewards"])))
 
+        from onpolicy.scripts.train import train_pettingzoo
+
+        train_pettingzoo.ShareSubprocVecEnv = train_pettingzoo.ShareDummyVecEnv
         runner.log_train = log_train
 
 
@@ -79,11 +86,6 @@ def train_theirs(folder: Path, seed: int, steps: int) -> list[tuple[int, float]]
         speed_peers.copy_of(folder, Path(copy))
         os.chdir(copy)
         sys.path.insert(0, copy)
-        speed_peers.today(old_steps=True)
-        speed_peers.stand_in("setproctitle", "tensorboardX", "aim", "pettingzoo.sisl", "prettytable")
-        from onpolicy.scripts.train import train_pettingzoo
-
-        train_pettingzoo.ShareSubprocVecEnv = train_pettingzoo.ShareDummyVecEnv
         game = {"env_args": {"local_ratio": 0.0, "max_cycles": 25}, "num_env_steps": steps}
         flags = f"--seed {seed} --use_two_stage True --log_interval 1"
         speed_peers.authors(returns, 1, flags, **game)
@@ -98,8 +100,9 @@ def read_ours(run: Path) -> list[tuple[int, float]]:
     for file in sorted(run.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
-        new = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
-        by_step = [old for old in by_step if old[0] < new[0][0]] + new  # a run that was resumed goes on in a new file
+        if RETURN in events.Tags()["scalars"]:  # else it was stopped before its first iteration
+            new = [(event.step, event.value) for event in events.Scalars(RETURN)]
+            by_step = [old for old in by_step if old[0] < new[0][0]] + new  # a resumed run goes on in a new file
     return by_step
 
 
@@ -109,7 +112,7 @@ def in_windows(by_step: list[tuple[int, float]], window: int, steps: int) -> lis
     for step, value in by_step:
         if 0 < step <= len(windows) * window:
             windows[math.ceil(step / window) - 1].append(value)
-    return [round(float(np.mean(values)), 3) for values in windows]
+    return [round(float(np.mean(values)), 3) if values else math.nan for values in windows]
 
 
 def main(args: Args):
@@ -129,13 +132,18 @@ def main(args: Args):
         record = {"trainer": "authors", "commit": commit, "seed": args.seed}
         by_step = train_theirs(args.path.resolve(), args.seed, args.total_timesteps)
     else:
-        config = json.loads((args.path / "config.json").read_text())
+        config = read_config(args.path / "config.json")
+        if not str(config.get("script")).endswith("_mpe"):
+            usage_error(args.path, "its config.json is not of a script for MPE")
         names = "script git_commit seed critic_steps update_epochs gae_lambda cumulative_blocks deep".split()
-        record = {"trainer": "ours"} | {name: config[name] for name in names}
+        record = {"trainer": "ours"} | {name: config.get(name) for name in names}
         by_step = read_ours(args.path)
         if not by_step or by_step[-1][0] < args.total_timesteps:
             usage_error(args.path, f"has not come to step {args.total_timesteps}")
-    record |= {"window": args.window, "returns": in_windows(by_step, args.window, args.total_timesteps)}
+    returns = in_windows(by_step, args.window, args.total_timesteps)
+    if not all(map(math.isfinite, returns)):
+        usage_error(f"--window {args.window}", "must be so large that episodes end in each")
+    record |= {"window": args.window, "returns": returns}
     with writing(args.out), args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -139,8 +139,8 @@ def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
 def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
     """Of two files of events the later one counts from where the run was resumed; a step may end its window."""
     names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks deep".split()
-    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, "x") | {"seed": 7}))
-    for returns in ({1000: 1.0, 2000: 2.0, 2800: 9.0}, {2400: 4.0, 3200: 5.0, 4000: 7.0, 4800: 8.0}):
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, "x") | {"script": "a2po_mpe", "seed": 7}))
+    for returns in ({1200: 1.0, 2000: 2.0, 2800: 9.0}, {2400: 4.0, 3200: 5.0, 4000: 7.0, 4800: 8.0}):
         writer = SummaryWriter(tmp_path, filename_suffix=f".{len(returns)}", purge_step=min(returns))
         for step, value in returns.items():
             writer.add_scalar("charts/episodic_return", value, step)
@@ -149,12 +149,18 @@ def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
     sampled_mpe.main(sampled_mpe.Args(tmp_path, out, total_timesteps=4000, window=2000))
     record = json.loads(out.read_text())
     assert record["seed"] == 7 and record["trainer"] == "ours" and record["returns"] == [1.5, 5.333]
-    for path, steps, text in (
-        (tmp_path, 9000, "has not come to step 9000"),
-        (tmp_path / "a", 4000, "is neither a run"),
+    SummaryWriter(tmp_path, filename_suffix=".9").close()  # resumed, and stopped at once
+    (tmp_path / "smac").mkdir()
+    (tmp_path / "smac" / "config.json").write_text('{"script": "a2po_smac"}')
+    for path, steps, window, text in (
+        (tmp_path, 9000, 2000, "has not come to step 9000"),
+        (tmp_path, 1000, 500, "--window 500: must be within 1000 and"),
+        (tmp_path, 4000, 1000, "--window 1000: must be so large"),
+        (tmp_path / "a", 4000, 2000, "is neither a run"),
+        (tmp_path / "smac", 4000, 2000, "is not of a script for MPE"),
     ):
         with pytest.raises(SystemExit) as stop:
-            sampled_mpe.main(sampled_mpe.Args(path, out, total_timesteps=steps, window=2000))
+            sampled_mpe.main(sampled_mpe.Args(path, out, total_timesteps=steps, window=window))
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and text in line and len(out.read_text().splitlines()) == 1
 
