@@ -7,8 +7,8 @@
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on MPE Navigation, parameters shared by all agents.
 
 The paper's Algorithm 2: a rollout, then epochs, in each blocks of agents one after the other (semi-greedy order), every
-update with its PreOPC advantage (Eq. 2), the twice-clipped objective (Eq. 6) and the adaptive clip. Actor and critic
-are recurrent. The game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
+update with PreOPC (Eq. 2), the twice-clipped objective (Eq. 6) and adaptive clip. Actor and critic are recurrent. The
+game is mpe2's simple_spread_v3, and its double in JaxMARL where speed counts.
 
     python a2po_mpe.py --n-agents 3
     python a2po_mpe.py --eval-only --checkpoint runs/<run>/checkpoint.pt

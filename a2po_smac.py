@@ -7,7 +7,7 @@
 """A2PO (agent-by-agent policy optimization, Wang et al., ICLR 2023) on SMAC, with parameters shared by all agents.
 
 The paper's Algorithm 2: a rollout, then epochs, in each blocks of agents one after the other (semi-greedy order), every
-update with its PreOPC advantage (Eq. 2), twice-clipped objective (Eq. 6) and clip. Without StarCraft II it plays SMAX.
+update with PreOPC (Eq. 2), the twice-clipped objective (Eq. 6) and adaptive clip. Without StarCraft II it plays SMAX.
 
     python a2po_smac.py --map 3s5z
     python a2po_smac.py --eval-only --checkpoint runs/<run>/checkpoint.pt
