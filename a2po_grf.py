@@ -109,6 +109,8 @@ class Settings:
     """order of the agents' updates (Sec. 4; the others are the paper's ablations)"""
     preopc: bool = True
     """correct advantages for the policies that have changed, Eq. (2); without it they are plain GAE"""
+    preopc_targets: bool = True
+    """the critic learns them too, plus V (Algorithms 1 and 2); else its targets stay GAE's, as in the authors' code"""
     clip_adaptation: float = 0.5
     """c of the adaptive clip (appendix B.4); 1 switches it off"""
     chunk_length: int = 10
@@ -439,7 +441,7 @@ def main(args: "Args"):
                     # Eq. (2): advantages, corrected for all policies that have changed; the values stay the rollout's.
                     joint_ratio = joint_log_ratio.clamp(-20, 20).exp() if args.preopc else unchanged
                     advantages = preopc_advantages(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda)
-                    targets = advantages + values[:-1]  # A + V
+                    targets = advantages + values[:-1] if args.preopc_targets else targets  # A + V
                     eps_k = adaptive_clip(args.clip_coef, position, len(blocks), args.clip_adaptation)
 
                     # A shared network learns from the whole block, one agent's own from that agent.

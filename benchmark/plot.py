@@ -96,10 +96,10 @@ GRID_POINTS = 200
 # Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 DASHES = ("-", "--", ":", "-.")
-# Settings that runs of one name are not told apart by: the last four are in the name.
-NOT_NAMED = FREE | NO_SETTINGS | set("seed preopc vtrace clip_adaptation agent_order".split())
+# Settings that runs of one name are not told apart by: the last five are in the name.
+NOT_NAMED = FREE | NO_SETTINGS | set("seed preopc preopc_targets vtrace clip_adaptation agent_order".split())
 # How variant() ends the name of a file, where there is no config to tell.
-VARIANT = rf"(-vtrace|-preopc|-no-preopc)?(-fixed-clip)?(-({'|'.join(RULES)}))?"
+VARIANT = rf"(-vtrace|-preopc|-no-preopc)?(-gae-targets)?(-fixed-clip)?(-({'|'.join(RULES)}))?"
 
 
 @dataclass

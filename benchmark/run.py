@@ -81,6 +81,7 @@ ABLATION_TASKS = ("3s5z", "MMM2", "Humanoid-9|8")
 ALL = ("mappo", "coppo", "happo", "a2po")
 # What sets a run apart from the script's defaults, by the name that plot.py gives it.
 PREOPC = {"": (), "-no-preopc": ("--no-preopc",)}
+GAE_TARGETS = {"-gae-targets": ("--no-preopc-targets",)}
 VTRACE = {"": (), "-vtrace": ("--vtrace",)}
 CORRECTIONS = {"mappo": VTRACE, "coppo": VTRACE, "happo": {"": (), "-preopc": ("--preopc",)}, "rpisa": {"": ()}}
 CORRECTIONS |= {"a2po": PREOPC}  # without PreOPC: ours, the paper has it not
@@ -104,7 +105,7 @@ MATRICES = {
     "figure6": (ABLATION_TASKS, ("a2po",), ORDER),
     "figure7": (ABLATION_TASKS, ("a2po",), CLIP),
     "figure5-7": (ABLATION_TASKS, ("a2po",), PREOPC | ORDER | CLIP),
-    "preopc": (ABLATION_TASKS, ("a2po",), PREOPC),  # ours
+    "preopc": (ABLATION_TASKS, ("a2po",), PREOPC | GAE_TARGETS),  # ours
     "figure10": (SPREAD_TASKS, ALL, {"": ()}),
     "figure14": (ABLATION_TASKS, ("a2po",), LAMBDA),
     "table6": (("3s5z", "27m_vs_30m", "Humanoid-9|8", "Ant-4x2", "Humanoid-17x1", "5_vs_5"), ALL, {"": ()}),
@@ -376,6 +377,7 @@ def variant(config: dict) -> str:
     if c is None:  # a baseline, which PreOPC has to be asked for
         return "-vtrace" if config.get("vtrace") else "-preopc" if config.get("preopc") else ""
     name = "" if config.get("preopc", True) else "-no-preopc"
+    name += "" if config.get("preopc_targets", True) else "-gae-targets"
     name += "-fixed-clip" if c == 1 else ""
     name += f"-{order}" if order != "semi-greedy" else ""
     return name if c in (0.5, 1) else f"{name} clip_adaptation={c}"

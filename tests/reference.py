@@ -248,7 +248,8 @@ class Reference:
         if getattr(self.args, "vtrace", False):
             return self.vtrace(rho)
         A = self.advantages(rho) if getattr(self.args, "preopc", False) else gae
-        return A, {s: A[s] + self.values[s] for s in A}
+        learned = A if getattr(self.args, "preopc_targets", True) else gae
+        return A, {s: learned[s] + self.values[s] for s in A}
 
     def algorithm_1(self, blocks, gae):
         """Own parameters: each block once, with all its epochs; then its ratio joins those of the preceding."""

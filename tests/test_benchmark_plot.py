@@ -453,6 +453,7 @@ def test_an_ablation_in_between_is_named():
         plot.variant({"preopc": False, "clip_adaptation": 1.0, "agent_order": "greedy"})
         == "-no-preopc-fixed-clip-greedy"
     )
+    assert plot.variant({"preopc_targets": False, "clip_adaptation": 0.5}) == "-gae-targets"
 
 
 def test_algorithms_are_chosen_with_or_without_their_settings(tmp_path):

@@ -43,7 +43,8 @@ def test_counts():
     assert len(jobs_of("figure3", "--seeds", "1")[0]) == 14 * existing("mamujoco")
     assert len(jobs_of("figure10", "--seeds", "1")[0]) == 4 * existing("mpe")
     assert len(jobs_of("figure4", "--seeds", "1")[0]) == 2 * existing("grf")
-    assert len(jobs_of("preopc", "--seeds", "1", "--tasks", "3s5z")[0]) == 2
+    names = {job.algorithm for job in jobs_of("preopc", "--seeds", "1", "--tasks", "3s5z")[0]}
+    assert names == {"a2po_smac", "a2po_smac-gae-targets", "a2po_smac-no-preopc"}
     names = {job.algorithm for job in jobs_of("figure5", "--seeds", "1", "--tasks", "3s5z")[0]}
     plain = {f"{algorithm}_smac" for algorithm in (*run.ALL, "rpisa")}
     corrected = {"mappo_smac-vtrace", "coppo_smac-vtrace", "happo_smac-preopc", "a2po_smac-no-preopc"}
@@ -159,6 +160,7 @@ class Args:
     total_timesteps: int = 1000
     gae_lambda: float | None = None
     preopc: bool = True
+    preopc_targets: bool = True
     clip_adaptation: float = 0.5
     torch_threads: int | None = None
     resume: str = ""
@@ -234,7 +236,8 @@ def start(job, base, run_dir=None):
 
 
 def fake_jobs(*argv):
-    return jobs_of("preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", *argv)[0]
+    jobs = jobs_of("preopc", "--smax", "--tasks", "3s5z", "--seeds", "1", *argv)[0]
+    return [job for job in jobs if "targets" not in job.variant]
 
 
 def test_new_done_cut_off(fake):
@@ -307,7 +310,7 @@ def test_a_script_of_ones_own(fake, capsys):
     (fake / "soft_kl_smac.py").write_text(FAKE)
     jobs, _ = jobs_of("table2", "--tasks", "3s5z", "--seeds", "1", "--algorithms", "kl", "soft_kl", "a2po")
     assert [job.script.name for job in jobs] == ["kl_smac.py", "soft_kl_smac.py", "a2po_smac.py"]
-    assert len(jobs_of("preopc", "--tasks", "3s5z", "--seeds", "1", "--algorithms", "kl")[0]) == 2
+    assert len(jobs_of("preopc", "--tasks", "3s5z", "--seeds", "1", "--algorithms", "kl")[0]) == 3
     assert jobs_of("preopc", "--tasks", "3s5z", "--algorithms", "mappo")[0] == []
     assert start(fake_jobs("--algorithms", "kl", "--total-timesteps", "100")[0], fake) == 0
     with pytest.raises(SystemExit) as stop:
@@ -500,9 +503,9 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
     start(fake_jobs("--total-timesteps", "200")[0], fake)
     assert run.main(run.parse_args(run.Args, "", [*argv, "--dry-run"])) == 0
     printed = capsys.readouterr()
-    (line,) = printed.out.splitlines()
-    assert "--no-preopc" in line and "--torch-threads 1" in line
-    assert "2 jobs: 1 done, 1 new" in printed.err
+    targets, line = sorted(printed.out.splitlines(), key=lambda line: "targets" not in line)
+    assert "--no-preopc-targets" in targets and "--no-preopc " in line and "--torch-threads 1" in line
+    assert "3 jobs: 1 done, 2 new" in printed.err
 
 
 def test_authors_settings():
@@ -773,7 +776,7 @@ def test_two_machines_one_of_which_is_lost(tmp_path, monkeypatch):
             driver.kill()
         cluster.shutdown()
     printed = (tmp_path / "output").read_text()
-    assert printed.count("finished: ") == 4 and printed.count("status 1: no luck") == 2
+    assert printed.count("finished: ") == 6 and printed.count("status 1: no luck") == 3
     assert not re.search("Traceback|raylet", printed), "Ray's own reports"
     for job in there:
         assert printed.count(f"lost its machine, 1 of at most 3 times: {job}\n") == 1

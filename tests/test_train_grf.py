@@ -126,7 +126,7 @@ def reference_of(run, script):
 # ----------------------------------------------------------------------------------------- on a small game of ours
 SEQUENTIAL = [name for name in GRF_SCRIPTS if hasattr(load(name).Args, "agent_blocks")]
 CASES = [(name, {}, 2) for name in GRF_SCRIPTS] + [(name, {}, 3) for name in SEQUENTIAL]
-CASES += [("a2po_grf", {"cumulative_blocks": True}, 2)]
+CASES += [("a2po_grf", {"cumulative_blocks": True}, 2), ("a2po_grf", {"preopc_targets": False}, 3)]
 CASES += [("happo_grf", {"preopc": True}, 3), ("mappo_grf", {"vtrace": True}, 2), ("coppo_grf", {"vtrace": True}, 2)]
 CASES += [(name, {"critic_steps": 2}, 2) for name in GRF_SCRIPTS]
 
@@ -408,7 +408,7 @@ def test_defaults_are_table_11(script):
     table = {"update_epochs": 10, "chunk_length": 10, "ent_coef": 0.001, "learning_rate": 5e-4, "gae_lambda": 0.95}
     assert vars(args) | table | {"clip_coef": 0.25, "gamma": 0.995} == vars(args)
     a2po, own = vars(a2po_grf.Args(exp_name=args.exp_name)), {"agent_blocks", "agent_order", "preopc"}
-    own |= {"cumulative_blocks", "clip_adaptation"}
+    own |= {"cumulative_blocks", "clip_adaptation", "preopc_targets"}
     same = {name: value for name, value in vars(args).items() if name not in ("preopc", "vtrace")}
     assert same.items() <= a2po.items() and a2po.keys() - vars(args).keys() <= own
 

@@ -285,6 +285,7 @@ CASES = [
     *[(name, {"critic_steps": 2}) for name in MUJOCO_SCRIPTS],
     ("a2po_mamujoco", {"agent_blocks": 2, "ent_coef": 0.1}),
     ("a2po_mamujoco", {"preopc": False}),
+    ("a2po_mamujoco", {"preopc_targets": False, "agent_blocks": 4}),
     ("happo_mamujoco", {"preopc": True, "agent_blocks": 4}),
     ("mappo_mamujoco", {"vtrace": True}),
     ("coppo_mamujoco", {"vtrace": True, "action_ratio": "product"}),

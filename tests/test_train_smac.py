@@ -63,6 +63,7 @@ CASES = [
     ("mappo_smac", {"deep": True}),
     ("a2po_smac", {"clip_adaptation": 0.25}),
     ("a2po_smac", {"preopc": False}),
+    ("a2po_smac", {"preopc_targets": False}),
     ("a2po_smac", {"cumulative_blocks": True, "agent_blocks": 3}),
     ("happo_smac", {"preopc": True}),
     ("mappo_smac", {"vtrace": True}),
