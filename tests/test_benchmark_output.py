@@ -138,7 +138,7 @@ def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
 
 def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
     """Of two files of events the later one counts from where the run was resumed; a step may end its window."""
-    names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks deep".split()
+    names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks deep preopc_targets".split()
     (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, "x") | {"script": "a2po_mpe", "seed": 7}))
     for returns in ({1200: 1.0, 2000: 2.0, 2800: 9.0}, {2400: 4.0, 3200: 5.0, 4000: 7.0, 4800: 8.0}):
         writer = SummaryWriter(tmp_path, filename_suffix=f".{len(returns)}", purge_step=min(returns))
