@@ -121,6 +121,8 @@ class Settings:
     """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
+    agent_id: bool = False
+    """agents that share a network see their number, one-hot (an option in the authors' code, too)"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default; the authors have deeper networks, in 5-vs-5 of 128)"""
 
@@ -1304,6 +1306,24 @@ class Episodes(gym.vector.VectorWrapper):
             self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
 
 
+class AgentIds(Episodes):
+    """Episodes in which an agent sees its number, too: one-hot behind its observation, as in the authors' environments.
+
+    Agents that share a network have one policy without it. The observation space is of what `look` gives.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        n, obs_dim = envs.single_observation_space["obs"].shape
+        obs = gym.spaces.Box(-np.inf, np.inf, (n, obs_dim + n), np.float32)
+        self.single_observation_space = gym.spaces.Dict(dict(envs.single_observation_space) | {"obs": obs})
+        self.ids = torch.eye(n).expand(self.num_envs, n, n)
+
+    def look(self, device) -> dict[str, torch.Tensor]:
+        seen = super().look(device)
+        return seen | {"obs": torch.cat([seen["obs"], self.ids.to(device)], -1)}
+
+
 class Halves:
     """Two halves of the games (one, if there is one game), each with workers of its own.
 
@@ -1367,19 +1387,21 @@ class Halves:
 def make_envs(args: "Args") -> Halves:
     weights = {term: getattr(args, f"reward_{term}") for term in Reward.TERMS}
     game = functools.partial(Football, args.scenario, weights)
+    episodes = AgentIds if args.agent_id and args.share_parameters else Episodes
     # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
     halves, seed = [], 1000 * args.seed
     for size in (args.num_envs - args.num_envs // 2, args.num_envs // 2):
         if size > 0:
-            halves.append(Episodes(Games(game, size, seed, args.num_workers, args.worker_timeout)))
+            halves.append(episodes(Games(game, size, seed, args.num_workers, args.worker_timeout)))
             seed += size
     return Halves(halves)
 
 
 # --------------------------------------------------------------------------------------------------------- the run
 PACKAGES = ("torch", "numpy", "gymnasium", "gfootball")  # whose versions are written down
-TASK = ("scenario", "share_parameters")  # a checkpoint's networks are for these
+TASK = ("scenario", "share_parameters", "agent_id")  # a checkpoint's networks are for these
 GAMES = ("num_envs",)  # its saved games are of these, too
+OLDER = {"agent_id": False}  # settings that its first checkpoints lack
 SCORE = "win_rate"  # what evaluations are about
 # Lists in eval.jsonl: number of each episode.
 RAW = {name: name for name in ("won", "score", "goal", "lost", "assist", "pass", "attempts")}
@@ -1471,7 +1493,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1797,7 +1819,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**checkpoint["args"])
+        defaults = Args(**OLDER | checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)

@@ -99,6 +99,8 @@ class Settings:
     """where the value loss turns from square to linear, in units of the normalised return (MAPPO default)"""
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
+    agent_id: bool = False
+    """agents see their number, one-hot, as in the authors' environments; else those that see the same do the same"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default)"""
     deep: bool = True
@@ -895,18 +897,38 @@ class Episodes(gym.vector.VectorWrapper):
             self.start, self.final, self.returns, self.lengths = (x.numpy() for x in state["episodes"])
 
 
+class AgentIds(Episodes):
+    """Episodes in which an agent sees its number, too: one-hot behind its observation, as in the authors' environments.
+
+    Agents that share a network have one policy without it. The observation space is of what `look` gives.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        n, obs_dim = envs.single_observation_space["obs"].shape
+        obs = gym.spaces.Box(-np.inf, np.inf, (n, obs_dim + n), np.float32)
+        self.single_observation_space = gym.spaces.Dict(dict(envs.single_observation_space) | {"obs": obs})
+        self.ids = torch.eye(n).expand(self.num_envs, n, n)
+
+    def look(self, device) -> dict[str, torch.Tensor]:
+        seen = super().look(device)
+        return seen | {"obs": torch.cat([seen["obs"], self.ids.to(device)], -1)}
+
+
 def make_envs(args: "Args") -> Episodes:
+    episodes = AgentIds if args.agent_id else Episodes
     if args.simulator == "jaxmarl":
-        return Episodes(JaxMARL(args.n_agents, args.local_ratio, args.num_envs, args.seed))
+        return episodes(JaxMARL(args.n_agents, args.local_ratio, args.num_envs, args.seed))
     # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
     game = functools.partial(Navigation, args.n_agents, args.local_ratio)
-    return Episodes(Games(game, args.num_envs, 1000 * args.seed, args.num_workers, args.worker_timeout))
+    return episodes(Games(game, args.num_envs, 1000 * args.seed, args.num_workers, args.worker_timeout))
 
 
 # --------------------------------------------------------------------------------------------------------- the run
 PACKAGES = ("torch", "numpy", "gymnasium", "jax", "jaxmarl", "mpe2")  # whose versions are written down
-TASK = ("n_agents",)  # a checkpoint's networks are for these
+TASK = ("n_agents", "agent_id")  # a checkpoint's networks are for these
 GAMES = ("local_ratio", "simulator", "num_envs")  # its saved games are of these, too
+OLDER = {"agent_id": False, "deep": False}  # settings that its first checkpoints lack
 SCORE = "episodic_return"  # what evaluations are about
 RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
 
@@ -999,7 +1021,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1325,7 +1347,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**checkpoint["args"])
+        defaults = Args(**OLDER | checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)

@@ -251,6 +251,23 @@ def test_a_checkpoint_of_another_script(files, monkeypatch, capsys):
     assert len(lines) == 1 and "is of script mappo_smac, not of coppo_smac" in lines[0]
 
 
+def test_checkpoints_from_before_the_agents_numbers(files, monkeypatch, capsys):
+    """They are taken for what they are, policies that do not see them."""
+    for name in ("a2po_smac", "mappo_smac"):
+        script = load(name)
+        monkeypatch.chdir(files(script))
+        older = torch.load("good.pt", weights_only=True)
+        del older["args"]["agent_id"]
+        torch.save(older, "older.pt")
+        words = ["--eval-only", "--checkpoint", "older.pt", "--torch-threads", "1"]
+        assert script.parse_args(words).agent_id is False
+        with in_place_of_the_simulator(script, Skirmish):
+            script.main(script.parse_args(words))
+            assert "2 greedy episodes" in capsys.readouterr().out
+            (line,) = left_with(script, [*words, "--agent-id"], capsys)
+        assert line.endswith("--checkpoint older.pt: is of agent_id False, not of True")
+
+
 def test_tracking_needs_its_package(script, monkeypatch, capsys):
     find_spec = script.importlib.util.find_spec
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load
+from helpers import ROOT, SCRIPTS, load
 
 script = load("a2po_smac")
 dropped = pytest.mark.filterwarnings("ignore:worker .* dropped")
@@ -333,6 +333,68 @@ def test_rewards_of_each_agent():
     envs.reset()
     rewards, *_ = envs.play(torch.zeros(1, 2))
     assert rewards.tolist() == [[1.0, 4.0]] and envs.finished() == [{"env": 0, "return": 2.5, "length": 1}]
+
+
+# --------------------------------------------------------------------------------------------------- agents' numbers
+class Noise(gym.vector.VectorEnv):
+    """Four games of three agents, who see two numbers."""
+
+    num_envs = 4
+    spaces = {"obs": gym.spaces.Box(-np.inf, np.inf, (3, 2), np.float32), "alive": gym.spaces.MultiBinary(3)}
+    single_observation_space = gym.spaces.Dict(spaces)
+    single_action_space = gym.spaces.MultiDiscrete([2, 2, 2])
+    action_space = gym.vector.utils.batch_space(single_action_space, 4)
+    rng = np.random.default_rng(0)
+
+    def reset(self, *, seed=None, options=None):
+        self.obs = self.rng.normal(size=(4, 3, 2)).astype(np.float32)
+        return {"obs": self.obs, "alive": np.ones((4, 3))}, {}
+
+    def step(self, actions):
+        seen, _ = self.reset()
+        return seen | {"alive": np.zeros((4, 3))}, np.ones(4), np.zeros(4, bool), np.zeros(4, bool), {}
+
+    def get_state(self):
+        return ()
+
+
+def test_agents_see_their_number():
+    """One-hot behind the observation, whatever that is; everything else, and what is saved, as without it."""
+    games = Noise()
+    envs = script.AgentIds(games)
+    assert envs.single_observation_space["obs"].shape == (3, 5)
+    assert envs.single_observation_space["alive"] == games.spaces["alive"]
+    envs.reset()
+    for alive in (1, 0):
+        seen = envs.look("cpu")
+        assert seen["obs"].dtype == torch.float32 and (seen["alive"] == alive).all()
+        for e in range(4):
+            for agent in range(3):
+                number = [float(other == agent) for other in range(3)]
+                assert seen["obs"][e, agent].tolist() == games.obs[e, agent].tolist() + number
+        assert envs.get_state()["obs"]["obs"].shape == (4, 3, 2)
+        if alive:
+            envs.play(torch.zeros(4, 3))
+
+
+SIMULATORS = {"smac": ("smax", "starcraft2"), "mpe": ("jaxmarl", "mpe2"), "grf": (None,)}
+SHARING = [name for name in SCRIPTS if name.split("_")[1] in SIMULATORS]
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_agent_id_is_an_option(name, monkeypatch, capsys):
+    """For every simulator; on Football for agents that share a network."""
+    module = load(name)
+    for simulator in ("SMAX", "JaxMARL", "Games"):
+        monkeypatch.setattr(module, simulator, lambda *_: Noise(), raising=False)
+    for simulator in SIMULATORS[name.split("_")[1]]:
+        for agent_id in (False, True):
+            for shared in (False, True) if simulator is None else (True,):
+                options = {"share_parameters": shared} if simulator is None else {"simulator": simulator}
+                envs = module.make_envs(module.Args(num_envs=4, num_workers=1, agent_id=agent_id, **options))
+                envs.reset()
+                ids, width = agent_id and shared, envs.look("cpu")["obs"].shape[-1]
+                assert width == envs.single_observation_space["obs"].shape[-1] == (5 if ids else 2)
 
 
 # -------------------------------------------------------------------------------------------------- nothing is left
