@@ -151,7 +151,12 @@ def in_place_of_the_simulator(script, game):
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(script, "find_starcraft2"):
             patch.setattr(script, "find_starcraft2", lambda: (False, "the Python package smacv2 is not installed"))
-        patch.setattr(script, "make_envs", lambda args: made.append(game(args.num_envs)) or script.Episodes(made[-1]))
+
+        def make_envs(args):
+            made.append(game(args.num_envs))
+            return (script.AgentIds if getattr(args, "agent_id", False) else script.Episodes)(made[-1])
+
+        patch.setattr(script, "make_envs", make_envs)
         yield made
 
 

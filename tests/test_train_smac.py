@@ -106,6 +106,16 @@ def test_training_on_a_gpu(script, train):
     assert there.args.cuda and differences(here.checkpoint, there.checkpoint) == []
 
 
+def test_actor_and_critic_see_the_agents_numbers(train):
+    """Behind the observation, which is the last of the critic's inputs; the weights of the numbers are learned."""
+    without, ids = train("without"), train("with", agent_id=True)
+    for name in ("actor", "critic"):
+        layers = [run.initial[name].base[1].weight for run in (without, ids)]
+        n = layers[1].shape[1] - layers[0].shape[1]
+        learned = ids.checkpoint["learned"][name]["base.1.weight"]
+        assert n == 3 and (learned[:, -n:] != layers[1][:, -n:]).any(0).all()
+
+
 def test_actor_and_critic_are_as_deep_as_asked(train):
     for deep, layers in ((False, 2 + 1), (True, 3 + 1 + 1)):
         initial = train(str(deep), deep=deep).initial
