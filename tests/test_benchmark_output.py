@@ -138,7 +138,8 @@ def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
 
 def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
     """Of two files of events the later one counts from where the run was resumed; a step may end its window."""
-    names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks deep preopc_targets".split()
+    names = "script git_commit critic_steps update_epochs gae_lambda cumulative_blocks agent_id deep".split()
+    names.append("preopc_targets")
     (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, "x") | {"script": "a2po_mpe", "seed": 7}))
     for returns in ({1200: 1.0, 2000: 2.0, 2800: 9.0}, {2400: 4.0, 3200: 5.0, 4000: 7.0, 4800: 8.0}):
         writer = SummaryWriter(tmp_path, filename_suffix=f".{len(returns)}", purge_step=min(returns))
@@ -149,6 +150,7 @@ def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
     sampled_mpe.main(sampled_mpe.Args(tmp_path, out, total_timesteps=4000, window=2000))
     record = json.loads(out.read_text())
     assert record["seed"] == 7 and record["trainer"] == "ours" and record["returns"] == [1.5, 5.333]
+    assert all(record[name] == "x" for name in names[1:])
     SummaryWriter(tmp_path, filename_suffix=".9").close()  # resumed, and stopped at once
     (tmp_path / "smac").mkdir()
     (tmp_path / "smac" / "config.json").write_text('{"script": "a2po_smac"}')
