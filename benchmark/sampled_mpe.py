@@ -1,13 +1,14 @@
-"""The sampled return of A2PO on MPE Navigation, 3 agents, cooperative: ours, and of the authors' trainer.
+"""The sampled and the greedy return of A2PO on MPE Navigation, 3 agents, cooperative: ours, and the authors' trainer's.
 
     python benchmark/sampled_mpe.py runs/spread-3-0-jaxmarl__a2po_mpe__1__1795932780 --out ours.jsonl
     git clone https://github.com/xihuai18/A2PO-ICLR2023
     python benchmark/sampled_mpe.py A2PO-ICLR2023 --seed 1 --out authors.jsonl    # trains, half an hour or more
 
-Adds a line to --out: the mean return per agent of the training episodes that ended in each window of steps. What a run
-of ours has it reads from TensorBoard. Theirs is trained here, on one thread, with the settings of speed_peers.py, of
-which are our batch and one network for all agents, and a second step of the critic and a lambda of 0.95, which enters
-its trace twice, as its launch script for MPE has them. Its games are played in this process, one after the other.
+Adds a line to --out: the mean return per agent of the training episodes that ended in each window of steps, and of 32
+greedy episodes with the steps before them. What a run of ours has it reads from TensorBoard and its evaluations. Theirs
+is trained here, on one thread, with the settings of speed_peers.py, of which are our batch and one network for all
+agents, and a second step of the critic and a lambda of 0.95, which enters its trace twice, as its launch script for MPE
+has them; it evaluates as it does itself, every 24,800 steps. Its games are played in this process, one after the other.
 """
 
 import contextlib
@@ -62,35 +63,39 @@ def writing(out: Path):
 
 
 class Returns:
-    """Of the authors' runner what it logs in every iteration; takes the place of speed_peers' clock, which is told of
-    the runner when all is imported."""
+    """Of the authors' runner what it logs in every iteration and evaluation; takes the place of speed_peers' clock,
+    which is told of the runner when all is imported."""
 
     def __init__(self):
-        self.by_step = []
+        self.by_step, self.greedy = [], []
 
     def around(self, runner, method: str):
         def log_train(_, numbers: dict, step: int):
             if "average_episode_rewards" in numbers:
                 self.by_step.append((step, float(numbers["average_episode_rewards"])))
 
+        def log_env(_, numbers: dict, step: int):
+            self.greedy.append((step, round(float(np.mean(numbers["eval_average_episode_rewards"])), 3)))
+
         from onpolicy.scripts.train import train_pettingzoo
 
         train_pettingzoo.ShareSubprocVecEnv = train_pettingzoo.ShareDummyVecEnv
-        runner.log_train = log_train
+        runner.log_train, runner.log_env = log_train, log_env
 
 
-def train_theirs(folder: Path, seed: int, steps: int) -> list[tuple[int, float]]:
-    """(step, mean return of the episodes that ended in the iteration)"""
+def train_theirs(folder: Path, seed: int, steps: int) -> Returns:
+    """by_step: (step, mean return of the episodes that ended in the iteration); greedy: (step, mean return)"""
     returns, here = Returns(), Path.cwd()
     with tempfile.TemporaryDirectory() as copy, contextlib.redirect_stdout(io.StringIO()):
         speed_peers.copy_of(folder, Path(copy))
         os.chdir(copy)
         sys.path.insert(0, copy)
         game = {"env_args": {"local_ratio": 0.0, "max_cycles": 25}, "num_env_steps": steps}
+        game |= {"use_eval": True, "eval_interval": 31, "eval_episodes": 32, "n_eval_rollout_threads": 32}
         flags = f"--seed {seed} --use_two_stage True --log_interval 1"
         speed_peers.authors(returns, 1, flags, **game)
         os.chdir(here)
-    return returns.by_step
+    return returns
 
 
 def read_ours(run: Path) -> list[tuple[int, float]]:
@@ -104,6 +109,12 @@ def read_ours(run: Path) -> list[tuple[int, float]]:
             new = [(event.step, event.value) for event in events.Scalars(RETURN)]
             by_step = [old for old in by_step if old[0] < new[0][0]] + new  # a resumed run goes on in a new file
     return by_step
+
+
+def read_evaluations(run: Path) -> list[tuple[int, float]]:
+    """(step, mean return of the greedy episodes)"""
+    lines = (run / "eval.jsonl").read_text().splitlines() if (run / "eval.jsonl").exists() else []
+    return [(line["step"], round(float(np.mean(line["returns"])), 3)) for line in map(json.loads, lines)]
 
 
 def in_windows(by_step: list[tuple[int, float]], window: int, steps: int) -> list[float]:
@@ -130,7 +141,8 @@ def main(args: Args):
         command = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(command, cwd=args.path, capture_output=True, text=True).stdout.strip()
         record = {"trainer": "authors", "commit": commit, "seed": args.seed}
-        by_step = train_theirs(args.path.resolve(), args.seed, args.total_timesteps)
+        returns = train_theirs(args.path.resolve(), args.seed, args.total_timesteps)
+        by_step, greedy = returns.by_step, returns.greedy
     else:
         config = read_config(args.path / "config.json")
         if not str(config.get("script")).endswith("_mpe"):
@@ -139,13 +151,14 @@ def main(args: Args):
         record = {"trainer": "ours"} | {
             name: config.get(name) for name in [*names, "agent_id", "deep", "preopc_targets"]
         }
-        by_step = read_ours(args.path)
+        by_step, greedy = read_ours(args.path), read_evaluations(args.path)
         if not by_step or by_step[-1][0] < args.total_timesteps:
             usage_error(args.path, f"has not come to step {args.total_timesteps}")
     returns = in_windows(by_step, args.window, args.total_timesteps)
     if not all(map(math.isfinite, returns)):
         usage_error(f"--window {args.window}", "must be so large that episodes end in each")
-    record |= {"window": args.window, "returns": returns}
+    greedy = [evaluation for evaluation in greedy if evaluation[0] <= args.total_timesteps]
+    record |= {"window": args.window, "returns": returns, "greedy": greedy}
     with writing(args.out), args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

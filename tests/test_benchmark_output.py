@@ -32,7 +32,7 @@ WORK = {  # what begins each program's work
     speed_grf: ("BareEngines", "Games"),
     speed_peers: ("run_peer",),
     random_mpe: ("random_returns",),
-    sampled_mpe: ("train_theirs", "read_ours"),
+    sampled_mpe: ("train_theirs", "read_ours", "read_evaluations"),
     upside_down: ("measure",),
 }
 TABLE2 = ["table2", "--smax", "--tasks", "3s5z", "--algorithms", "mappo", "--seeds", "1"]
@@ -146,11 +146,13 @@ def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
         for step, value in returns.items():
             writer.add_scalar("charts/episodic_return", value, step)
         writer.close()
+    evaluations = [{"step": step, "returns": [-1.0, step / 1000]} for step in (2000, 4000, 4400)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     out = tmp_path / "out.jsonl"
     sampled_mpe.main(sampled_mpe.Args(tmp_path, out, total_timesteps=4000, window=2000))
     record = json.loads(out.read_text())
     assert record["seed"] == 7 and record["trainer"] == "ours" and record["returns"] == [1.5, 5.333]
-    assert all(record[name] == "x" for name in names[1:])
+    assert all(record[name] == "x" for name in names[1:]) and record["greedy"] == [[2000, 0.5], [4000, 1.5]]
     SummaryWriter(tmp_path, filename_suffix=".9").close()  # resumed, and stopped at once
     (tmp_path / "smac").mkdir()
     (tmp_path / "smac" / "config.json").write_text('{"script": "a2po_smac"}')
@@ -172,6 +174,7 @@ def test_sampled_returns_of_the_authors_trainer(tmp_path):
     files = {
         "config/pettingzoo.yaml": "simple_spread: {env_args: {local_ratio: 0.5}}",
         "runner/pettingzoo_runner.py": """
+            import numpy as np
             class PettingZooRunner:
                 def run(self, settings, flags):
                     assert settings["share_policy"] and settings["use_cum_sequence"]
@@ -179,6 +182,8 @@ def test_sampled_returns_of_the_authors_trainer(tmp_path):
                     for step in range(800, settings["num_env_steps"] + 1, 800):
                         self.log_train({"average_episode_rewards": int(flags["--seed"])}, step)
                         self.log_train({"agent0/individual_rewards": 99}, step)
+                    assert settings["use_eval"] and settings["eval_episodes"] == 32
+                    self.log_env({"eval_average_episode_rewards": np.array([1.0, 4.0])}, 3200)
             """,
         "scripts/train/train_pettingzoo.py": """
             import yaml
@@ -199,6 +204,7 @@ def test_sampled_returns_of_the_authors_trainer(tmp_path):
     subprocess.run([sys.executable, sampled_mpe.__file__, *words], cwd=tmp_path, check=True)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert record["trainer"] == "authors" and record["seed"] == 3 and record["returns"] == [3.0, 3.0]
+    assert record["greedy"] == [[3200, 2.5]]
 
 
 def test_on_the_back(tmp_path, monkeypatch):
