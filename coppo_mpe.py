@@ -928,7 +928,6 @@ def make_envs(args: "Args") -> Episodes:
 PACKAGES = ("torch", "numpy", "gymnasium", "jax", "jaxmarl", "mpe2")  # whose versions are written down
 TASK = ("n_agents", "agent_id")  # a checkpoint's networks are for these
 GAMES = ("local_ratio", "simulator", "num_envs")  # its saved games are of these, too
-OLDER = {"agent_id": False, "deep": False}  # settings that its first checkpoints lack
 SCORE = "episodic_return"  # what evaluations are about
 RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
 
@@ -1021,7 +1020,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = vars(Args()) | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1347,7 +1346,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**OLDER | checkpoint["args"])
+        defaults = Args(**checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)

@@ -1375,7 +1375,6 @@ def make_envs(args: "Args") -> Halves:
 PACKAGES = ("torch", "numpy", "gymnasium", "gfootball")  # whose versions are written down
 TASK = ("scenario", "share_parameters", "agent_id")  # a checkpoint's networks are for these
 GAMES = ("num_envs",)  # its saved games are of these, too
-OLDER = {"agent_id": False}  # settings that its first checkpoints lack
 SCORE = "win_rate"  # what evaluations are about
 # Lists in eval.jsonl: number of each episode.
 RAW = {name: name for name in ("won", "score", "goal", "lost", "assist", "pass", "attempts")}
@@ -1467,7 +1466,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = vars(Args()) | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1793,7 +1792,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**OLDER | checkpoint["args"])
+        defaults = Args(**checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)

@@ -637,7 +637,6 @@ def make_envs(args: "Args", evaluation: bool = False) -> Episodes:
 PACKAGES = ("torch", "numpy", "gymnasium", "gymnasium_robotics", "envpool")  # whose versions are written down
 TASK = ("scenario", "partition", "env_version")  # a checkpoint's networks are for these
 GAMES = ()  # its saved games are of these, too: there are none
-OLDER = {}  # settings that its first checkpoints lack: none that matters
 SCORE = "episodic_return"  # what evaluations are about
 RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
 
@@ -724,7 +723,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = vars(Args()) | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1050,7 +1049,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**OLDER | checkpoint["args"])
+        defaults = Args(**checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)

@@ -1058,7 +1058,6 @@ def make_envs(args: "Args") -> Episodes:
 PACKAGES = ("torch", "numpy", "gymnasium", "jax", "jaxmarl", "smacv2")  # whose versions are written down
 TASK = ("map", "simulator", "agent_id")  # a checkpoint's networks are for these
 GAMES = ("num_envs",)  # its saved games are of these, too
-OLDER = {"agent_id": False}  # settings that its first checkpoints lack
 SCORE = "win_rate"  # what evaluations are about
 RAW = {"won": "won", "returns": "return"}  # list in eval.jsonl: number of each episode
 
@@ -1151,7 +1150,7 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = OLDER | checkpoint["args"] | {"script": checkpoint["script"]}
+        saved = vars(Args()) | checkpoint["args"] | {"script": checkpoint["script"]}
         same = {name: getattr(self.args, name) for name in TASK}
         if self.args.resume:
             same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
@@ -1477,7 +1476,7 @@ def parse_args(argv=None) -> Args:
         return args
     checkpoint = read_checkpoint(path, option)
     try:
-        defaults = Args(**OLDER | checkpoint["args"])
+        defaults = Args(**checkpoint["args"])
     except TypeError:
         usage_error(option, path, f"was written by another script than {Path(__file__).name}")
     args = tyro.cli(Args, default=defaults, args=words)
