@@ -97,7 +97,7 @@ class Settings:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     agent_id: bool = False
-    """agents see their number, one-hot, as in the authors' environments; else those that see the same do the same"""
+    """agents see their number, one-hot, as in the authors' environments; two seeds on SMAX 3s5z learned no faster"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default)"""
     deep: bool = False
