@@ -148,9 +148,8 @@ def main(args: Args):
         if not str(config.get("script")).endswith("_mpe"):
             usage_error(args.path, "its config.json is not of a script for MPE")
         names = ["script", "git_commit", "seed", "critic_steps", "update_epochs", "gae_lambda", "cumulative_blocks"]
-        record = {"trainer": "ours"} | {
-            name: config.get(name) for name in [*names, "agent_id", "deep", "preopc_targets"]
-        }
+        names += ["agent_id", "deep", "preopc_targets"]
+        record = {"trainer": "ours"} | {name: config.get(name) for name in names}
         by_step, greedy = read_ours(args.path), read_evaluations(args.path)
         if not by_step or by_step[-1][0] < args.total_timesteps:
             usage_error(args.path, f"has not come to step {args.total_timesteps}")
