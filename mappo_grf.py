@@ -109,7 +109,7 @@ class Settings:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm, actor and critic apart (MAPPO default)"""
     agent_id: bool = False
-    """agents that share a network see their number, one-hot (an option in the authors' code, too)"""
+    """with --share-parameters: agents see their number, one-hot (an option in the authors' code, too)"""
     hidden_size: int = 64
     """width of all hidden layers and of the GRU (MAPPO default; the authors have deeper networks, in 5-vs-5 of 128)"""
 
@@ -1328,7 +1328,7 @@ class Halves:
 def make_envs(args: "Args") -> Halves:
     weights = {term: getattr(args, f"reward_{term}") for term in Reward.TERMS}
     game = functools.partial(Football, args.scenario, weights)
-    episodes = AgentIds if args.agent_id and args.share_parameters else Episodes
+    episodes = AgentIds if args.agent_id else Episodes
     # Environment e of seed s plays with 1000 s + e: runs with neighbouring seeds do not share games.
     halves, seed = [], 1000 * args.seed
     for size in (args.num_envs - args.num_envs // 2, args.num_envs // 2):
@@ -1785,6 +1785,8 @@ def complete_args(args: Args) -> Args:
     check_args(args)
     if args.num_steps % args.chunk_length:
         usage_error("--num-steps", args.num_steps, f"must be a multiple of --chunk-length {args.chunk_length}")
+    if args.agent_id and not args.share_parameters:
+        usage_error("--agent-id", args.agent_id, "needs --share-parameters")
     return args
 
 

@@ -181,11 +181,12 @@ def synthetic_script(name: str, shape: dict):
         settings = {"scenario": "5_vs_5"}
     numbers = set(script.RAW.values()) - {"return", "length"}
 
-    def episodes(num_envs):
-        rewards = (n,) if benchmark == "mpe" else ()
-        return script.Episodes(Synthetic(*spaces(**shape), num_envs, rewards, numbers))
-
     def make_envs(args):
+        def episodes(num_envs):
+            rewards = (n,) if benchmark == "mpe" else ()
+            kind = script.AgentIds if getattr(args, "agent_id", False) else script.Episodes
+            return kind(Synthetic(*spaces(**shape), num_envs, rewards, numbers))
+
         if benchmark != "grf":
             return episodes(args.num_envs)
         sizes = args.num_envs - args.num_envs // 2, args.num_envs // 2

@@ -81,14 +81,13 @@ def recurrent_policy(script, checkpoint: dict):
     networks = [script.RecurrentNetwork(*sizes, 0.01, *kind) for _ in range(max(1, number))]
     actor = torch.nn.ModuleList(networks) if number else networks[0]
     actor.load_state_dict(checkpoint["learned"]["actor"])
-    numbered = settings.get("agent_id", False) and settings.get("share_parameters", True)
     hidden = None
 
     def act(obs, masks, start):
         nonlocal hidden
         hidden = torch.zeros(1, len(obs), settings["hidden_size"]) if hidden is None else hidden
         obs = torch.as_tensor(obs, dtype=torch.float32)
-        obs = torch.cat([obs, torch.eye(len(obs))], -1) if numbered else obs
+        obs = torch.cat([obs, torch.eye(len(obs))], -1) if settings.get("agent_id", False) else obs
         seen = {"obs": obs[None], "action_mask": torch.as_tensor(masks)[None]}
         actions, _, hidden = script.act(actor, seen | {"start": torch.tensor([float(start)])}, hidden, greedy=True)
         return actions[0].numpy()

@@ -93,17 +93,15 @@ def test_the_recurrent_policy_is_the_evaluation_s(recurrent, deep, tmp_path):
         np.testing.assert_array_equal(act(obs[t], mask, start=t in (0, 3)), expected)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_recurrent_policy_sees_the_agents_numbers(shared):
-    """As the evaluation's does; Football's only where all agents share a network."""
+@pytest.mark.parametrize("agent_id", [True, False])
+def test_the_recurrent_policy_sees_the_agents_numbers(agent_id):
+    """As the evaluation's does."""
     torch.manual_seed(0)
-    actors = torch.nn.ModuleList(
-        [a2po_grf.RecurrentNetwork(7 + 3 * shared, 19, 16, 1.0) for _ in range(1 if shared else 3)]
-    )
-    settings = {"hidden_size": 16, "agent_id": True, "share_parameters": shared}
+    actors = torch.nn.ModuleList([a2po_grf.RecurrentNetwork(7 + 3 * agent_id, 19, 16, 1.0)])
+    settings = {"hidden_size": 16, "agent_id": agent_id}
     act = watch.recurrent_policy(a2po_grf, {"args": settings, "learned": {"actor": actors.state_dict()}})
     obs, ids = torch.randn(3, 7), torch.eye(3)
-    seen = {"obs": (torch.cat([obs, ids], -1) if shared else obs)[None], "action_mask": torch.ones(1, 3, 19)}
+    seen = {"obs": (torch.cat([obs, ids], -1) if agent_id else obs)[None], "action_mask": torch.ones(1, 3, 19)}
     expected, _, _ = a2po_grf.act(actors, seen | {"start": torch.ones(1)}, torch.zeros(1, 3, 16), greedy=True)
     assert len(set(expected[0].tolist())) > 1
     np.testing.assert_array_equal(act(obs.numpy(), np.ones((3, 19)), start=True), expected[0])

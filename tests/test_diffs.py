@@ -55,7 +55,7 @@ BUDGETS = {
     "a2po_smac": (474, 1561),
     "a2po_mpe": (457, 1440),
     "a2po_mamujoco": (452, 1137),
-    "a2po_grf": (506, 1879),
+    "a2po_grf": (506, 1881),
 }
 
 

@@ -381,20 +381,19 @@ SIMULATORS = {"smac": ("smax", "starcraft2"), "mpe": ("jaxmarl", "mpe2"), "grf":
 SHARING = [name for name in SCRIPTS if name.split("_")[1] in SIMULATORS]
 
 
+@pytest.mark.parametrize("agent_id", [False, True])
 @pytest.mark.parametrize("name", SHARING)
-def test_agent_id_is_an_option(name, monkeypatch, capsys):
-    """For every simulator; on Football for agents that share a network."""
+def test_agent_id_is_an_option(name, agent_id, monkeypatch, capsys):
+    """For every simulator."""
     module = load(name)
     for simulator in ("SMAX", "JaxMARL", "Games"):
         monkeypatch.setattr(module, simulator, lambda *_: Noise(), raising=False)
     for simulator in SIMULATORS[name.split("_")[1]]:
-        for agent_id in (False, True):
-            for shared in (False, True) if simulator is None else (True,):
-                options = {"share_parameters": shared} if simulator is None else {"simulator": simulator}
-                envs = module.make_envs(module.Args(num_envs=4, num_workers=1, agent_id=agent_id, **options))
-                envs.reset()
-                ids, width = agent_id and shared, envs.look("cpu")["obs"].shape[-1]
-                assert width == envs.single_observation_space["obs"].shape[-1] == (5 if ids else 2)
+        options = {"simulator": simulator} if simulator else {}
+        envs = module.make_envs(module.Args(num_envs=4, num_workers=1, agent_id=agent_id, **options))
+        envs.reset()
+        width = envs.look("cpu")["obs"].shape[-1]
+        assert width == envs.single_observation_space["obs"].shape[-1] == (5 if agent_id else 2)
 
 
 # -------------------------------------------------------------------------------------------------- nothing is left

@@ -385,6 +385,7 @@ def test_a_checkpoint_is_evaluated(script, tmp_path, monkeypatch, capsys):
     [
         ("--scenario nowhere", "--scenario nowhere: must be one of 5_vs_5"),
         ("--cumulative-blocks", "--cumulative-blocks True: needs --share-parameters"),
+        ("--agent-id", "--agent-id True: needs --share-parameters"),
         ("--agent-blocks 5", "--agent-blocks 5: must be within 1 and 4, the number of agents"),
         ("--num-steps 15", "--num-steps 15: must be a multiple of --chunk-length 10"),
         ("--reward-goal -1", "--reward-goal -1.0: must be a number of at least 0"),
