@@ -76,6 +76,16 @@ def test_synthetic_environments_play(benchmark, n):
         assert obs["action_mask"][..., 0].all() and obs["alive"].all() and 0 < obs["action_mask"].mean() < 1
 
 
+@pytest.mark.parametrize("agent_id", [False, True])
+def test_synthetic_environments_have_the_agents_numbers(agent_id, monkeypatch):
+    monkeypatch.setattr(a2po_mpe, "make_envs", None)  # and what it was before, afterwards
+    script, settings, n = speed.synthetic_script("a2po_mpe", {})
+    (obs,) = speed.spaces(**speed.complete_shape("mpe", {}))[0]["obs"].shape[1:]
+    envs = script.make_envs(script.Args(num_envs=2, agent_id=agent_id, **settings))
+    envs.reset()
+    assert envs.look("cpu")["obs"].shape == (2, n, obs + n * agent_id)
+
+
 def job(script, **changes):
     common = {"real": False, "num_envs": 2, "num_steps": 10, "threads": 1, "iterations": 2, "warmup": 1, "seconds": 60}
     return common | {"script": script, "options": {"update_epochs": "2"}, "shape": {"n": 3}} | changes
