@@ -257,11 +257,11 @@ class ObservationNormalizer(nn.Module):
 
     def update(self, obs):
         """obs (B, size): merge the batch's moments into the running ones."""
-        total, (variance, mean) = self.count + len(obs), torch.var_mean(obs, 0, correction=0)
-        change, share = mean - self.mean, len(obs) / total
-        self.mean = self.mean + change * share
-        self.variance = torch.lerp(self.variance, variance, share) + change.square() * share * (1 - share)
-        self.count = total
+        variance, mean = torch.var_mean(obs, 0, correction=0)
+        self.count += len(obs)
+        change, share = mean - self.mean, len(obs) / self.count
+        self.variance.lerp_(torch.addcmul(variance, change, change * (1 - share)), share)
+        self.mean.lerp_(mean, share)
 
     def forward(self, obs):
         return ((obs - self.mean) / (self.variance + 1e-8).sqrt()).clamp(-10, 10).float()
@@ -280,7 +280,7 @@ def joint_policies(actors: nn.ModuleList):
     for k in (0, 3, 6):  # a LayerNorm's scale and shift go into the linear layer behind it
         scale, shift = weights[f"mean.{k}.weight"].unsqueeze(1), weights[f"mean.{k}.bias"].unsqueeze(2)
         weight, bias = weights[f"mean.{k + 1}.weight"], weights[f"mean.{k + 1}.bias"].unsqueeze(2)
-        layers.append(((bias + weight @ shift).mT, (weight * scale).mT))
+        layers.append(((bias + weight @ shift).mT, (weight * scale).mT.contiguous()))
 
     def policies(obs):
         x = obs.expand(len(std), *obs.shape)
@@ -509,7 +509,7 @@ class MaMuJoCo(gym.vector.VectorEnv):
         joints = agent_joints(scenario, partition)
         n, d = len(joints), max(map(len, joints))
         self.has_joint = np.array([[k < len(mine) for k in range(d)] for mine in joints])
-        self._place = np.argsort(np.concatenate(joints))  # of the robot's joints in the agents' joints, end to end
+        self._place = np.flatnonzero(self.has_joint)[np.argsort(np.concatenate(joints))]  # where in (n, d) a joint is
         self._low, self._high = self.envs.action_space.low, self.envs.action_space.high
         self.num_envs = num_envs
         obs_space = gym.spaces.Box(-np.inf, np.inf, self.envs.observation_space.shape, np.float64)
@@ -525,7 +525,7 @@ class MaMuJoCo(gym.vector.VectorEnv):
 
     def joint_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions of the agents (N, n, d) -> action of the robot (N, joints), in the simulator's order and units."""
-        whole = actions[:, self.has_joint][:, self._place].clip(-1, 1)
+        whole = actions.reshape(len(actions), -1)[:, self._place].clip(-1, 1)
         return self._low + (whole + 1) / 2 * (self._high - self._low)
 
     def step(self, actions):
