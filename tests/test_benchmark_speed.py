@@ -1,5 +1,5 @@
-"""benchmark/speed.py: synthetic environments fit the scripts, numbers are put together right. Also speed_grf.py and
-speed_peers.py."""
+"""benchmark/speed.py: synthetic environments fit the scripts, numbers are put together right. Also speed_grf.py,
+speed_mujoco.py and speed_peers.py."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ import a2po_grf
 import a2po_mamujoco
 import a2po_mpe
 import a2po_smac
-from benchmark import speed, speed_grf, speed_peers
+from benchmark import speed, speed_grf, speed_mujoco, speed_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_*.py"))
@@ -191,6 +191,62 @@ def test_speed_grf_answers_a_wrong_value_with_one_line(options, capsys):
     with pytest.raises(SystemExit) as stop:
         speed_grf.check_args(speed_grf.parse_args(speed_grf.Args, "", options.split()))
     assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
+
+
+# --------------------------------------------------------------------------------------------------- speed_mujoco.py
+SHORT = {"script": "a2po_mamujoco", "options": {"scenario": "Hopper", "partition": "3x1", "update_epochs": "1"}}
+SHORT |= {"threads": 1, "num_envs": 3, "num_steps": 20, "warmup": 1}
+
+
+def test_speed_mujoco_plays_the_same_work_twice(tmp_path, monkeypatch):
+    """Its process and its measurement, on a real robot; another step of the robots would be noticed."""
+    envpool = pytest.importorskip("envpool", reason="needs EnvPool")
+    job = SHORT | {"iterations": 2, "seconds": 1e9}
+    numbers = speed_mujoco.run_measurement(job)
+    assert {who: len(seconds) for who, seconds in numbers.items()} == {"script": 2, "envpool": 2}
+    assert all(seconds > 0 for who in numbers for seconds in numbers[who])
+    make, seeds = envpool.make, iter(range(100))
+    monkeypatch.setattr(envpool, "make", lambda *words, **options: make(*words, **options | {"seed": next(seeds)}))
+    monkeypatch.chdir(tmp_path)
+    for name in ("SummaryWriter", "Run"):  # what it changes, in a process of its own
+        monkeypatch.setattr(a2po_mamujoco, name, getattr(a2po_mamujoco, name))
+    for name in ("lap", "save"):
+        monkeypatch.setattr(a2po_mamujoco.Run, name, getattr(a2po_mamujoco.Run, name))
+    with pytest.raises(SystemExit, match="not the same work"):
+        speed_mujoco.measure(job)
+
+
+def test_speed_mujoco_table():
+    turns = [{"num_envs": 16, "script": [1.0, 2.0, 4.0], "envpool": [0.5, 1.5, 1.0]}]
+    turns += [{"num_envs": 30, "script": [2.0], "envpool": [1.0]}]
+    turns += [{"num_envs": 16, "script": [2.0, 2.0, 2.0], "envpool": [1.8, 1.8, 1.8]}]
+    result = {"scenario": "Ant", "partition": "4x2", "threads": 2, "turns": turns}
+    heading, _, first, second = speed_mujoco.table(result).splitlines()
+    assert heading.startswith("| Ant 4x2, 2 threads |")
+    assert first == "| 16 environments | 2000 | 2424 | 0.82 | 0.50, 0.90 |"  # of 0.5, 0.75, 0.25 and 0.9 three times
+    assert second == "| 30 environments | 1995 | 3990 | 0.50 | 0.50 |"  # 133 steps of each
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--num-envs 16 0", "--num-envs 4001", "--num-envs", "--turns 0", "--iterations 0", "--warmup -1", "--threads 0"]
+    + ["--script a2po_smac", "--script nothing"],
+)
+def test_speed_mujoco_answers_a_wrong_value_with_one_line(options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed_mujoco.main(
+            speed_mujoco.parse_args(speed_mujoco.Args, "", ["--out", str(tmp_path / "x"), *options.split()])
+        )
+    assert stop.value.code == 2 and options.split()[0] in only_line(capsys)
+
+
+def test_speed_mujoco_passes_the_scripts_line_on(tmp_path, capsys):
+    pytest.importorskip("envpool", reason="needs EnvPool")
+    words = ["--out", str(tmp_path / "x"), "--partition", "3x1"]
+    with pytest.raises(SystemExit) as stop:
+        speed_mujoco.main(speed_mujoco.parse_args(speed_mujoco.Args, "", words))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and "--partition 3x1" in lines[-1] and not (tmp_path / "x").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- speed_peers.py
