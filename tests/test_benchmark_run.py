@@ -49,6 +49,9 @@ def test_counts():
     plain = {f"{algorithm}_smac" for algorithm in (*run.ALL, "rpisa")}
     corrected = {"mappo_smac-vtrace", "coppo_smac-vtrace", "happo_smac-preopc", "a2po_smac-no-preopc"}
     assert names == plain | corrected, "the paper's list, and A2PO without PreOPC"
+    jobs = jobs_of("figure13", "--seeds", "1")[0]
+    assert {job.algorithm for job in jobs} == {name.replace("smac", "mamujoco") for name in names}
+    assert {job.task for job in jobs} == {"HalfCheetah-6x1", "Humanoid-9|8"} and len(jobs) == 2 * len(names)
     assert len(jobs_of("figure6", "--seeds", "1", "--tasks", "3s5z")[0]) == 6
     assert len(jobs_of("figure5-7", "--smax", "--seeds", "1")[0]) == 8
     assert len(jobs_of("figure14")[0]) == 3 * 5 * 2 * 3, "tasks, lambdas, with and without PreOPC, seeds"
