@@ -542,7 +542,9 @@ class MaMuJoCo(gym.vector.VectorEnv):
         import envpool
 
         task, threads = f"{scenario}-{version}", min(threads, num_envs)
-        self.envs = envpool.make(task, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
+        # Where they are as many as the cores each gets one for its own: else two would at times share one.
+        pool = {"num_threads": threads, "thread_affinity_offset": 0 if threads == os.cpu_count() else -1}
+        self.envs = envpool.make(task, env_type="gymnasium", num_envs=num_envs, seed=seed, **pool)
         joints = agent_joints(scenario, partition)
         n, d = len(joints), max(map(len, joints))
         self.has_joint = np.array([[k < len(mine) for k in range(d)] for mine in joints])

@@ -4,9 +4,10 @@
 
 A process trains as the script does, and writes down what its robots do in a rollout; after each of them EnvPool alone,
 with the same seed, environments and threads, plays the same actions again: the same physics, step for step, a second
-later. So a machine's moods hit both. The script's seconds are its own time/rollout_seconds: policy, sampling,
-normalisers, the episodes' books, the stacking of the rollout and the critics' values. The processes of different
-numbers of environments take turns.
+later. So a machine's moods hit both. It does so twice: made as the script makes it, and "unpinned", its default, which
+leaves to the system on which cores the threads are. The script's seconds are its own time/rollout_seconds: policy,
+sampling, normalisers, the episodes' books, the stacking of the rollout and the critics' values. The processes of
+different numbers of environments take turns.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ def measure(job: dict) -> dict:
     """Seconds of every counted iteration's rollout, by the script and by EnvPool alone, in this process and folder."""
     import envpool
 
-    make, made, played, alone = envpool.make, [], [], []
+    make, made, played, alone = envpool.make, {}, [], {"envpool": [], "unpinned": []}
 
     def recording_make(*arguments, **options):
         envs = make(*arguments, **options)
@@ -70,26 +71,29 @@ def measure(job: dict) -> dict:
             return result
 
         envs.step = recording_step
-        made.append(make(*arguments, **options))
-        made[0].reset()
+        made["envpool"] = make(*arguments, **options)
+        made["unpinned"] = make(*arguments, **options | {"thread_affinity_offset": -1})
+        for again in made.values():
+            again.reset()
         return envs
 
     def lap(run, name: str):
         script_lap(run, name)
         if name == "rollout":
-            begin = time.perf_counter()
-            for actions, _ in played:
-                obs, *_ = made[0].step(actions)
-            alone.append(time.perf_counter() - begin)
-            if not np.array_equal(obs, played[-1][1]):
-                raise SystemExit("EnvPool alone came to other observations: it was not the same work")
+            for who, envs in made.items():
+                begin = time.perf_counter()
+                for actions, _ in played:
+                    obs, *_ = envs.step(actions)
+                alone[who].append(time.perf_counter() - begin)
+                if not np.array_equal(obs, played[-1][1]):
+                    raise SystemExit("EnvPool alone came to other observations: it was not the same work")
             played.clear()
             run.lap_begin = time.perf_counter()
 
     script = importlib.import_module(job["script"])
     script_lap, script.Run.lap, envpool.make = script.Run.lap, lap, recording_make
     rollouts = speed.measure(job | {"real": True})["rollout"]
-    return {"script": rollouts, "envpool": alone[job["warmup"] :]}
+    return {"script": rollouts} | {who: seconds[job["warmup"] :] for who, seconds in alone.items()}
 
 
 def run_measurement(job: dict) -> dict:
@@ -122,14 +126,16 @@ def writing(out: Path):
 def table(result: dict) -> str:
     """A row for each number of environments: medians over all iterations of all turns."""
     title = f"{result['scenario']} {result['partition']}, {result['threads']} threads"
-    lines = [f"| {title} | steps/s | EnvPool alone | share of it | by turn |", "|---|---|---|---|---|"]
+    lines = [f"| {title} | steps/s | EnvPool alone | share of it (by turn) | unpinned | share of it (by turn) |"]
+    lines += ["|---|---|---|---|---|---|"]
     for count in dict.fromkeys(turn["num_envs"] for turn in result["turns"]):
         turns = [turn for turn in result["turns"] if turn["num_envs"] == count]
-        script, alone = (np.concatenate([turn[who] for turn in turns]) for who in ("script", "envpool"))
-        by_turn = [np.median(np.divide(turn["envpool"], turn["script"])) for turn in turns]
-        steps = count * (ROLLOUT // count)
-        cells = [f"{count} environments", *(f"{steps / np.median(seconds):.0f}" for seconds in (script, alone))]
-        cells += [f"{np.median(alone / script):.2f}", ", ".join(f"{share:.2f}" for share in by_turn)]
+        seconds = {who: np.concatenate([turn[who] for turn in turns]) for who in ("script", "envpool", "unpinned")}
+        speeds = {who: f"{count * (ROLLOUT // count) / np.median(seconds[who]):.0f}" for who in seconds}
+        cells = [f"{count} environments", speeds["script"]]
+        for who in ("envpool", "unpinned"):
+            by_turn = ", ".join(f"{np.median(np.divide(turn[who], turn['script'])):.2f}" for turn in turns)
+            cells += [speeds[who], f"{np.median(seconds[who] / seconds['script']):.2f} ({by_turn})"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -203,7 +203,7 @@ def test_speed_mujoco_plays_the_same_work_twice(tmp_path, monkeypatch):
     envpool = pytest.importorskip("envpool", reason="needs EnvPool")
     job = SHORT | {"iterations": 2, "seconds": 1e9}
     numbers = speed_mujoco.run_measurement(job)
-    assert {who: len(seconds) for who, seconds in numbers.items()} == {"script": 2, "envpool": 2}
+    assert {who: len(seconds) for who, seconds in numbers.items()} == {"script": 2, "envpool": 2, "unpinned": 2}
     assert all(seconds > 0 for who in numbers for seconds in numbers[who])
     make, seeds = envpool.make, iter(range(100))
     monkeypatch.setattr(envpool, "make", lambda *words, **options: make(*words, **options | {"seed": next(seeds)}))
@@ -217,14 +217,15 @@ def test_speed_mujoco_plays_the_same_work_twice(tmp_path, monkeypatch):
 
 
 def test_speed_mujoco_table():
-    turns = [{"num_envs": 16, "script": [1.0, 2.0, 4.0], "envpool": [0.5, 1.5, 1.0]}]
-    turns += [{"num_envs": 30, "script": [2.0], "envpool": [1.0]}]
-    turns += [{"num_envs": 16, "script": [2.0, 2.0, 2.0], "envpool": [1.8, 1.8, 1.8]}]
+    turns = [{"num_envs": 16, "script": [1.0, 2.0, 4.0], "envpool": [0.5, 1.5, 1.0], "unpinned": [1.0, 1.8, 4.0]}]
+    turns += [{"num_envs": 30, "script": [2.0], "envpool": [1.0], "unpinned": [1.6]}]
+    turns += [{"num_envs": 16, "script": [2.0] * 3, "envpool": [1.8] * 3, "unpinned": [2.0] * 3}]
     result = {"scenario": "Ant", "partition": "4x2", "threads": 2, "turns": turns}
     heading, _, first, second = speed_mujoco.table(result).splitlines()
     assert heading.startswith("| Ant 4x2, 2 threads |")
-    assert first == "| 16 environments | 2000 | 2424 | 0.82 | 0.50, 0.90 |"  # of 0.5, 0.75, 0.25 and 0.9 three times
-    assert second == "| 30 environments | 1995 | 3990 | 0.50 | 0.50 |"  # 133 steps of each
+    # Of 0.5, 0.75, 0.25 and 0.9 three times; unpinned of 1, 0.9, 1 and 1 three times.
+    assert first == "| 16 environments | 2000 | 2424 | 0.82 (0.50, 0.90) | 2000 | 1.00 (1.00, 1.00) |"
+    assert second == "| 30 environments | 1995 | 3990 | 0.50 (0.50) | 2494 | 0.80 (0.80) |"  # 133 steps of each
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 BUDGETS = {
     "a2po_smac": (474, 1561),
     "a2po_mpe": (457, 1440),
-    "a2po_mamujoco": (452, 1137),
+    "a2po_mamujoco": (452, 1139),
     "a2po_grf": (506, 1881),
 }
 

@@ -240,6 +240,18 @@ def test_seeds_iterations_and_threads(tmp_path):
     later.close()
 
 
+@pytest.mark.parametrize(("threads", "cores", "first_core"), [(2, 2, 0), (2, 4, -1), (8, 8, -1), (5, 5, 0)])
+def test_threads_have_cores_of_their_own_where_they_take_all(threads, cores, first_core, tmp_path, monkeypatch):
+    """With five environments there are five threads at most; on a larger machine others may be at work as well."""
+    import envpool
+
+    made, make = {}, envpool.make
+    monkeypatch.setattr(envpool, "make", lambda *words, **options: made.update(options) or make(*words, **options))
+    monkeypatch.setattr(script.os, "cpu_count", lambda: cores)
+    hoppers(tmp_path, torch_threads=threads).close()
+    assert (made["num_threads"], made["thread_affinity_offset"]) == (min(threads, 5), first_core)
+
+
 def test_what_is_seen():
     """All agents see the whole robot; every agent has the team's reward; there is nothing that could be saved."""
     envs = script.make_envs(script.complete_args(script.Args(scenario="Humanoid", num_envs=3, torch_threads=1)))
