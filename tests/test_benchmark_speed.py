@@ -2,6 +2,7 @@
 speed_mujoco.py and speed_peers.py."""
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -205,8 +206,14 @@ def test_speed_mujoco_plays_the_same_work_twice(tmp_path, monkeypatch):
     numbers = speed_mujoco.run_measurement(job)
     assert {who: len(seconds) for who, seconds in numbers.items()} == {"script": 2, "envpool": 2, "unpinned": 2}
     assert all(seconds > 0 for who in numbers for seconds in numbers[who])
-    make, seeds = envpool.make, iter(range(100))
-    monkeypatch.setattr(envpool, "make", lambda *words, **options: make(*words, **options | {"seed": next(seeds)}))
+    make, seeds, offsets = envpool.make, iter(range(100)), []
+
+    def make_another(*words, **options):
+        offsets.append(options["thread_affinity_offset"])
+        return make(*words, **options | {"seed": next(seeds)})
+
+    monkeypatch.setattr(envpool, "make", make_another)
+    monkeypatch.setattr(os, "cpu_count", lambda: SHORT["threads"])  # so that the script pins its thread
     monkeypatch.chdir(tmp_path)
     for name in ("SummaryWriter", "Run"):  # what it changes, in a process of its own
         monkeypatch.setattr(a2po_mamujoco, name, getattr(a2po_mamujoco, name))
@@ -214,6 +221,7 @@ def test_speed_mujoco_plays_the_same_work_twice(tmp_path, monkeypatch):
         monkeypatch.setattr(a2po_mamujoco.Run, name, getattr(a2po_mamujoco.Run, name))
     with pytest.raises(SystemExit, match="not the same work"):
         speed_mujoco.measure(job)
+    assert offsets == [0, 0, -1], "the script's, the same again, and as by default"
 
 
 def test_speed_mujoco_table():
