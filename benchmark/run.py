@@ -1,8 +1,8 @@
 """The runs of a table or figure of the paper: starts what is missing, resumes what was cut off, skips what is done.
 
-    python benchmark/run.py table2 --smax --total-timesteps 1000000 --dry-run     # what it would do, as commands
-    python benchmark/run.py table2 --smax --total-timesteps 1000000
-    python benchmark/run.py table2 --smax --total-timesteps 1000000 --collect benchmark/results/table2
+    python benchmark/run.py table2 --smax --tasks 3s5z --total-timesteps 500000 --dry-run     # prints its 12 commands
+    python benchmark/run.py table2 --smax --tasks 3s5z --total-timesteps 500000
+    python benchmark/run.py table2 --smax --tasks 3s5z --total-timesteps 500000 --collect results
 
 Every run is a process of its own, `python {script}.py ...`, with one line in a live view and a log in runs/logs/. Ray
 shares out the CPUs (and GPUs) of this machine, or with --address those of a cluster, whose machines must share this
@@ -325,10 +325,10 @@ def settings(job: Job):
 
 
 # ------------------------------------------------------------------------------------------------- run directories
-def last_step(run_dir: Path) -> int:
-    """Step of the last whole line of eval.jsonl, 0 if there is none."""
+def last_step(folder: Path, file: str = "eval.jsonl") -> int:
+    """Step of the last whole line of a file of evaluations, 0 if there is none."""
     try:
-        lines = (run_dir / "eval.jsonl").read_text(errors="replace").splitlines()
+        lines = (folder / file).read_text(errors="replace").splitlines()
     except OSError:
         return 0
     for line in reversed(lines):
@@ -458,6 +458,10 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
             if option not in FREE | NO_SETTINGS and config.get(option, value) != value:
                 why = f"is there already, of a run with {option} {value}, not {config[option]}; give another folder"
                 usage_error(f"--collect {target}", f"{folder / stem}.jsonl {why}")
+        steps, steps_there = last_step(base / run_dir), last_step(folder, f"{stem}.jsonl")
+        if steps < steps_there:
+            why = f"is there already, of a run of {steps_there} steps, not {steps}; give another folder"
+            usage_error(f"--collect {target}", f"{folder / stem}.jsonl {why}")
         with writing(f"--collect {target}"):
             folder.mkdir(parents=True, exist_ok=True)
             for source, ending in (("config.json", ".config.json"), ("eval.jsonl", ".jsonl")):

@@ -392,11 +392,18 @@ def test_collect(fake, capsys):
 
 
 def test_collect_replaces_no_run_with_other_settings(fake, capsys):
-    """The same one again, further, may be."""
+    """The same one again, further, may be; not one that did not get as far."""
     for total in ("300", "500"):
         job, _ = fake_jobs("--total-timesteps", total)
         start(job, fake, run.find_run(job, fake)[1])
         assert run.collect([job], fake, fake / "results") == 0
+    elsewhere, shorter = fake / "elsewhere", fake_jobs("--total-timesteps", "300")[0]
+    elsewhere.mkdir()
+    start(shorter, elsewhere)
+    with pytest.raises(SystemExit) as stop:
+        run.collect([shorter], elsewhere, fake / "results")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "a run of 500 steps, not 300; give another folder" in line
     other, _ = fake_jobs("--total-timesteps", "300", "--options=--gae-lambda 0.9")
     start(other, fake)
     with pytest.raises(SystemExit) as stop:
