@@ -260,7 +260,7 @@ class ValueNormalizer(nn.Module):
 
 
 def masked_policy(logits, action_mask) -> Categorical:
-    """Unavailable actions get probability zero; -1e10 instead of -inf keeps the entropy finite."""
+    """Unavailable actions get probability zero; with -inf for -1e10 there was NaN where no action is available."""
     return Categorical(logits=torch.where(action_mask.bool(), logits, -1e10), validate_args=False)
 
 
@@ -485,6 +485,7 @@ def evaluate(actors, envs, episodes: int, device) -> list[dict[str, float]]:
     """Greedy episodes from new starts, each with what `Episodes.finished` says of it; then the games as they were.
 
     Every environment plays a fixed share, so that short episodes are not favoured; crashed ones are played again.
+    Where games cannot be saved, as those of StarCraft II, training goes on with new ones.
     """
     training = envs.get_state()
     envs.reset()
@@ -1065,11 +1066,12 @@ def serve(connection, main_end, *arguments):
     main_end.close()  # else the connection would stay open when the main process has died
     try:
         share = Share(*arguments)
-        with contextlib.closing(share), contextlib.suppress(EOFError, OSError):
+        with contextlib.closing(share):
             for method, argument in iter(connection.recv, None):
                 connection.send(getattr(share, method)(argument))
-    except Exception as error:
-        connection.send(f"failed: {error!r}")
+    except Exception as error:  # an EOFError where the main process is gone: then nobody is told
+        with contextlib.suppress(OSError):
+            connection.send(f"failed: {error!r}")
 
 
 class GamesFailed(SystemExit):
@@ -1373,7 +1375,7 @@ def make_envs(args: "Args") -> Halves:
 
 # --------------------------------------------------------------------------------------------------------- the run
 PACKAGES = ("torch", "numpy", "gymnasium", "gfootball")  # whose versions are written down
-TASK = ("scenario", "share_parameters", "agent_id")  # a checkpoint's networks are for these
+TASK = ("scenario", "share_parameters", "agent_id", "hidden_size")  # a checkpoint's networks are for these
 GAMES = ("num_envs",)  # its saved games are of these, too
 SCORE = "win_rate"  # what evaluations are about
 # Lists in eval.jsonl: number of each episode.
@@ -1480,7 +1482,7 @@ class Run:
         except KeyError as missing:
             usage_error(option, path, f"is of another version of this script: there is no {missing.args[0]} in it")
         except (ValueError, RuntimeError):
-            usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
+            usage_error(option, path, "is of other networks than this script's")
         for part in self.learned.values():
             if isinstance(part, torch.optim.Optimizer):
                 part.param_groups[0]["lr"] = self.args.learning_rate
@@ -1508,24 +1510,26 @@ class Run:
         name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
         self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
         self.evaluations = self.folder / "eval.jsonl"
-        with writing("--resume" if self.args.resume else "new run", self.folder):
+        option = "--resume" if self.args.resume else "new run"
+        with writing(option, self.folder):
             self.lock = lock_run(self.folder)
             if self.checkpoint:
                 self.go_back()
             config = self.write_config()
-            step = self.progress["global_step"]
-            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
-        if not self.checkpoint:
-            self.envs.reset()
-            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
-            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
-        if self.args.track:
+        if self.args.track:  # before the writer is made: what writes already would not be tracked
             import wandb
 
             team, group = self.args.wandb_entity or None, self.args.wandb_group or None
             named = {"project": self.args.wandb_project, "entity": team, "group": group, "name": self.folder.name}
             named["id"] = re.sub(r"[^\w.-]", "-", self.folder.name)
             wandb.init(**named, resume="allow", config=config, allow_val_change=True, sync_tensorboard=True)
+        step = self.progress["global_step"]
+        with writing(option, self.folder):
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        if not self.checkpoint:
+            self.envs.reset()
+            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
+            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
         self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
         self.begin = time.perf_counter() - self.progress["seconds"]

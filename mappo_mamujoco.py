@@ -615,7 +615,7 @@ def make_envs(args: "Args", evaluation: bool = False) -> Episodes:
 
 # --------------------------------------------------------------------------------------------------------- the run
 PACKAGES = ("torch", "numpy", "gymnasium", "gymnasium_robotics", "envpool")  # whose versions are written down
-TASK = ("scenario", "partition", "env_version")  # a checkpoint's networks are for these
+TASK = ("scenario", "partition", "env_version", "hidden_size")  # a checkpoint's networks are for these
 GAMES = ()  # its saved games are of these, too: there are none
 SCORE = "episodic_return"  # what evaluations are about
 RAW = {"returns": "return"}  # list in eval.jsonl: number of each episode
@@ -717,7 +717,7 @@ class Run:
         except KeyError as missing:
             usage_error(option, path, f"is of another version of this script: there is no {missing.args[0]} in it")
         except (ValueError, RuntimeError):
-            usage_error(option, path, f"does not fit networks with --hidden-size {self.args.hidden_size}")
+            usage_error(option, path, "is of other networks than this script's")
         for part in self.learned.values():
             if isinstance(part, torch.optim.Optimizer):
                 part.param_groups[0]["lr"] = self.args.learning_rate
@@ -745,24 +745,26 @@ class Run:
         name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
         self.folder = Path(self.args.resume) if self.args.resume else new_folder(name)
         self.evaluations = self.folder / "eval.jsonl"
-        with writing("--resume" if self.args.resume else "new run", self.folder):
+        option = "--resume" if self.args.resume else "new run"
+        with writing(option, self.folder):
             self.lock = lock_run(self.folder)
             if self.checkpoint:
                 self.go_back()
             config = self.write_config()
-            step = self.progress["global_step"]
-            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
-        if not self.checkpoint:
-            self.envs.reset()
-            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
-            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
-        if self.args.track:
+        if self.args.track:  # before the writer is made: what writes already would not be tracked
             import wandb
 
             team, group = self.args.wandb_entity or None, self.args.wandb_group or None
             named = {"project": self.args.wandb_project, "entity": team, "group": group, "name": self.folder.name}
             named["id"] = re.sub(r"[^\w.-]", "-", self.folder.name)
             wandb.init(**named, resume="allow", config=config, allow_val_change=True, sync_tensorboard=True)
+        step = self.progress["global_step"]
+        with writing(option, self.folder):
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        if not self.checkpoint:
+            self.envs.reset()
+            rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
+            self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
         self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
         self.begin = time.perf_counter() - self.progress["seconds"]

@@ -178,7 +178,7 @@ WRONG = [
     ("--resume one_optimizer", "is of another version of this script: there is no actor_optimizer in it"),
     ("--resume run --num-envs 3", "--resume run"),
     ("--resume run --map 8m", "--resume run"),
-    ("--resume run --hidden-size 16", "does not fit networks with --hidden-size 16"),
+    ("--resume run --hidden-size 16", "is of hidden_size 8, not of 16"),
     ("--resume other_script", "--resume other_script"),
 ]
 

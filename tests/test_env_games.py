@@ -35,6 +35,8 @@ class Clock:
         what = self.trouble.get((self.seed, self.build, self.episode, self.time))
         if what == "error":
             raise ValueError("the game is broken")
+        if what == "file":
+            raise FileNotFoundError("no such map")
         if what == "hang":
             time.sleep(100)
         if what == "die":
@@ -165,7 +167,13 @@ def test_games_without_a_state(games):
 
 # ---------------------------------------------------------------------------------------------------------- trouble
 @pytest.mark.parametrize(
-    ("what", "said"), [("error", "ValueError.'the game is broken'"), ("die", "died"), ("hang", "not answer for 0.5 s")]
+    ("what", "said"),
+    [
+        ("error", "ValueError.'the game is broken'"),
+        ("file", "FileNotFoundError.'no such map'"),
+        ("die", "died"),
+        ("hang", "not answer for 0.5 s"),
+    ],
 )
 def test_a_game_fails_in_a_step(games, what, said):
     """The games of its worker are lost, the others go on. The lost ones' step has no reward, the last observation once

@@ -630,11 +630,14 @@ def test_team_values(module):
 
 @scripts_with("masked_policy")
 def test_masked_policy(module):
-    """Unavailable actions have probability 0 and are never drawn; the entropy is that of the others."""
+    """Unavailable actions have probability 0 and are never drawn; the entropy is that of the others. Where none is
+    available, all there is are numbers: what is no sample is multiplied by 0, which NaN would survive."""
     logits, mask = torch.tensor([50.0, 1.0, 1.0, -3.0]).expand(500, 4), torch.tensor([False, True, True, False])
     policy = module.masked_policy(logits, mask.expand(500, 4))
     assert set(policy.sample().tolist()) == {1, 2}
     torch.testing.assert_close(policy.entropy()[0], torch.tensor(math.log(2.0)))
+    nothing = module.masked_policy(logits, torch.zeros(500, 4))
+    assert nothing.entropy().isfinite().all() and nothing.log_prob(nothing.sample()).isfinite().all()
 
 
 # ---------------------------------------------------------------- values: the loss, the normaliser, what is logged

@@ -334,7 +334,7 @@ def wandb(monkeypatch):
     """A double of the package, logged in; `began` has what wandb.init was called with."""
     module = types.ModuleType("wandb")
     module.mode, module.key, module.began = "online", True, []
-    module.init = lambda **options: module.began.append(options)
+    module.init = lambda **options: module.began.append(options | {"events": list(Path().glob("runs/*/events*"))})
     module.login = lambda prompt, verify: module.key and not prompt
     module.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=module.mode))
     module.__spec__ = types.SimpleNamespace()
@@ -348,6 +348,7 @@ def test_tracking(train, wandb):
     train(argv=["--resume", str(run.folder), "--total-timesteps", "60"])
     first, second = wandb.began
     assert first["name"] == run.folder.name and (first["entity"], first["group"]) == ("team", "seeds")
+    assert first["events"] == []  # W&B follows the writers that are made after its init
     assert first["id"] == second["id"] and second["resume"] == "allow" and first["config"]["gae_lambda"] == 0.9
 
 
