@@ -362,14 +362,14 @@ def main(args: "Args"):
             torch.set_num_threads(args.torch_threads)
             # Values in units of return, by the normaliser before its update.
             with torch.no_grad():
-                values = normalizer.denormalize(torch.cat([critic(rollout.obs) for critic in critics], -1))
+                old_values = torch.cat([critic(rollout.obs) for critic in critics], -1)
+                values = normalizer.denormalize(old_values)
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
             advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
             targets = advantages + values[:-1]
             normalizer.update(targets[rollout.sample.bool()])
-            old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             for _ in range(args.update_epochs):
@@ -392,7 +392,7 @@ def main(args: "Args"):
                     actor_norm = nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
                     actor_optimizer.step()
 
-                    normalized_targets, old = normalizer.normalize(targets[..., i]), old_values[..., i]
+                    normalized_targets, old = normalizer.normalize(targets[..., i]), old_values[:-1, :, i]
                     for _ in range(args.critic_steps):
                         new_values = critics[i](rollout.obs[:-1]).squeeze(-1)
                         losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)

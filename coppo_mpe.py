@@ -362,8 +362,8 @@ def main(args: "Args"):
             torch.set_num_threads(args.torch_threads)
             # Values in units of return, by the normaliser before its update; the critic sees the state and obs.
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
-            values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
-            values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
+            old_values, critic_hidden = rollout_values(critic, critic_inputs, hidden["critic"], rollout.start)
+            values = values_for_the_dead(normalizer.denormalize(old_values), rollout.alive)
             hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
 
@@ -371,7 +371,6 @@ def main(args: "Args"):
             advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
             targets = advantages + values[:-1]
             normalizer.update(targets[rollout.sample.bool()])
-            old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             agents = torch.arange(n, device=device)  # all at once
@@ -395,7 +394,7 @@ def main(args: "Args"):
 
                 inputs = critic_inputs[:-1].index_select(2, agents)
                 stored, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
-                normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[..., agents]
+                normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[:-1, :, agents]
                 for _ in range(args.critic_steps):
                     new_values = run_chunks(critic, inputs, stored, start, sample, args.chunk_length).squeeze(-1)
                     losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)

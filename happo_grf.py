@@ -393,8 +393,8 @@ def main(args: "Args"):
             critic_inputs = torch.cat([rollout.state.unsqueeze(2).expand(-1, -1, n, -1), rollout.obs], -1)
             inputs, before = critic_inputs.chunk(count, 2), hidden["critic"].chunk(count, 1)
             results = [rollout_values(*one, rollout.start) for one in zip(critics, inputs, before, strict=True)]
-            values, critic_hidden = (torch.cat(result, 2) for result in zip(*results, strict=True))
-            values = values_for_the_dead(normalizer.denormalize(values), rollout.alive)
+            old_values, critic_hidden = (torch.cat(result, 2) for result in zip(*results, strict=True))
+            values = values_for_the_dead(normalizer.denormalize(old_values), rollout.alive)
             hidden["critic"] = critic_hidden[-1]  # before the last look, which the next rollout begins with
             run.lap("rollout")
 
@@ -402,7 +402,6 @@ def main(args: "Args"):
             advantages = gae_advantages(rewards, values, terminated, done, gamma, gae_lambda)
             targets = advantages + values[:-1]
             normalizer.update(targets[rollout.sample.bool()])
-            old_values = normalizer.normalize(values[:-1])
             run.note("losses", explained_variance=explained_variance(advantages, targets, rollout.sample))
 
             # A random order of the agents, cut into blocks.
@@ -430,7 +429,7 @@ def main(args: "Args"):
                         actor, critic = (actors[0], critics[0]) if shared else (actors[agents], critics[agents])
                         sample = rollout.sample[..., agents]
                         normalized_advantages = normalize_advantages(advantages[..., agents], sample)
-                        normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[..., agents]
+                        normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[:-1, :, agents]
 
                         for _ in range(epochs):
                             log_ratio, entropy = policy_change(actor, rollout, agents)

@@ -88,7 +88,7 @@ class Reference:
     @torch.no_grad()
     def collect(self, steps):
         self.steps, self.T, self.episodes = steps, len(steps), []
-        self.stored, self.first, self.old, self.values, self.valid = {}, {}, {}, {}, set()
+        self.stored, self.first, self.old, self.outputs, self.values, self.valid = {}, {}, {}, {}, {}, set()
         mean, std = self.unit()
         for t in range(self.T + 1):
             seen = steps[t].seen if t < self.T else steps[-1].after
@@ -97,6 +97,7 @@ class Reference:
                 for i in range(self.n):
                     self.stored[t, e, i] = {k: self.hidden.get((k, e, i)) for k in ("actor", "critic")}
                     value, after = self.run("critic", seen, e, i, self.hidden.get(("critic", e, i)), self.begins[e])
+                    self.outputs[t, e, i] = value.item()
                     self.values[t, e, i] = value.item() * std + mean
                     if t < self.T:
                         self.hidden["critic", e, i] = after
@@ -309,10 +310,10 @@ class Reference:
         self.log.append({"block": k} | {name: float(torch.as_tensor(x).detach()) for name, x in sums.items()})
 
     def value_loss(self, agents, targets):
-        """Mean of the agents' samples: the worse of the losses of the value now and of that value near the old one."""
+        """Mean of the agents' samples: the worse of two losses, of the value and of the value near the rollout's."""
         losses, (mean, std), eps = [], self.unit(), self.args.clip_coef
         for s, value in self.replay("critic", agents).items():
-            target, old = (targets[s] - mean) / std, (self.values[s] - mean) / std
+            target, old = (targets[s] - mean) / std, self.outputs[s]
             near = old + (value - old).clamp(-eps, eps)
             self.active["value clip"] += abs(value.item() - old) > eps
             losses.append(max(self.huber(value - target), self.huber(near - target)))

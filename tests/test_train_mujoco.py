@@ -610,10 +610,10 @@ def test_tasks_start_and_take_an_update(scenario, partition, script, train, monk
     run = train(simulator=True, scenario=scenario, partition=partition, **options)
     assert run.status == 0 and run.checkpoint["progress"]["iteration"] == 1 and len(evaluations(run.folder)) == 1
     learned = run.checkpoint["learned"]
-    for part, enough in (("actor", all), ("critic", any)):  # a critic's only gradients may all be clipped away
+    for part in ("actor", "critic"):
         heads = [x for name, x in learned[part].items() if name.endswith("7.bias")]
         assert len(heads) == len(script.agent_joints(scenario, partition))
-        assert enough((x != 0).any() for x in heads) and all(torch.isfinite(x).all() for x in heads)
+        assert all((x != 0).any() and torch.isfinite(x).all() for x in heads)
     assert torch.isfinite(learned["obs_normalizer"]["variance"]).all()
 
 
