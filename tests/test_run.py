@@ -244,6 +244,21 @@ def test_a_damaged_checkpoint_is_refused(train, capsys):
         assert f"{words[-2]} {file}: is damaged" in line and everything_in(run.folder) == before
 
 
+def test_the_gpus_random_state_is_kept(tmp_path, monkeypatch):
+    """Pretended: what the GPU's generator had when it was saved, it has again."""
+    state, given = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    run = object.__new__(a2po_smac.Run)
+    run.args, run.device, run.folder = a2po_smac.Args(), types.SimpleNamespace(type="cuda"), tmp_path
+    run.envs = types.SimpleNamespace(crashes=2, get_state=lambda: None, set_state=lambda _: None)
+    run.learned, run.hidden, run.progress, run.evaluations = {}, {}, {}, tmp_path / "eval.jsonl"
+    assert run.save()
+    run.checkpoint = a2po_smac.read_checkpoint(tmp_path / "checkpoint.pt", "--resume")
+    run.go_back()
+    assert len(given) == 1 and torch.equal(given[0], state)
+
+
 def test_evaluations_that_cannot_be_written(train, monkeypatch):
     """The run ends with one line, as it was at its last checkpoint."""
     with_a_full_disk(monkeypatch, "eval.jsonl")
