@@ -96,6 +96,7 @@ GRID_POINTS = 200
 # Seaborn's colour-blind palette; with more algorithms the same colours come again with other dashes.
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 DASHES = ("-", "--", ":", "-.")
+PAPER = ("a2po", "mappo", "coppo", "happo")  # they have the first colours
 # Settings that runs of one name are not told apart by: the last five are in the name.
 NOT_NAMED = FREE | NO_SETTINGS | set("seed preopc preopc_targets vtrace clip_adaptation agent_order".split())
 # How variant() ends the name of a file, where there is no config to tell.
@@ -695,17 +696,26 @@ def save(figure, files, title: str):
         print(f"wrote {file}", file=sys.stderr)
 
 
-def draw(axes, curves_by_task: list[list], name: str, place: int, statistic: str, label: str, args: Args):
+def styles(names: list[str]) -> dict[str, dict]:
+    """Colour and dashes of each one's line. The paper's four algorithms have the same in every picture."""
+    algorithm = {name: re.fullmatch(rf"({'|'.join(PAPER)})(_[a-z0-9]+)?", name) for name in names}
+    others = itertools.count(len(PAPER))
+    places = {name: PAPER.index(found[1]) if found else next(others) for name, found in algorithm.items()}
+    return {
+        name: {"color": COLORS[place % len(COLORS)], "linestyle": DASHES[place // len(COLORS) % len(DASHES)]}
+        for name, place in places.items()
+    }
+
+
+def draw(axes, curves_by_task: list[list], name: str, style: dict, statistic: str, label: str, args: Args):
     """The middle of curves (tasks x runs of (steps, values)) as a line with its interval."""
     grid = common_grid([curve for curves in curves_by_task for curve in curves])
     values = rectangle([list(on_grid(curves, grid)) for curves in curves_by_task], name)  # (runs, tasks, points)
-    style = {"color": COLORS[place % len(COLORS)]}
-    dashes = DASHES[place // len(COLORS) % len(DASHES)]
     marker = {"marker": "o"} if len(grid) == 1 else {}
-    axes.plot(grid, middle_of(values, statistic), dashes, **marker, label=label, **style)
+    axes.plot(grid, middle_of(values, statistic), **marker, label=label, **style)
     if len(values) > 1:
         low, high = intervals(values, lambda x: middle_of(x, statistic), args)
-        axes.fill_between(grid, low, high, alpha=0.15, linewidth=0, **style)
+        axes.fill_between(grid, low, high, alpha=0.15, linewidth=0, color=style["color"])
 
 
 def finish(axes, over: str):
@@ -723,7 +733,7 @@ def seeds_label(name: str, counts: list[int]) -> str:
 
 
 def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
-    plt, names = pyplot(), algorithms_of(runs)
+    plt, style = pyplot(), styles(algorithms_of(runs))
     columns = min(len(runs), 4 if len(runs) > 6 else 3)
     rows = math.ceil(len(runs) / columns)
     size = (7, 4) if len(runs) == 1 else (3.6 * columns, 2.8 * rows + 0.6)
@@ -737,7 +747,7 @@ def plot_curves(runs: Runs, metrics: dict[str, str], args: Args):
             counts = [len(other[name]) for other in runs.values() if name in other]
             label = seeds_label(name, counts)
             curves = [run.curve(metric, args.over) for run in some]
-            draw(axes, [curves], name, names.index(name), args.statistic, label, args)
+            draw(axes, [curves], name, style[name], args.statistic, label, args)
             handles[label] = axes.get_lines()[-1]
         if args.reference is not None:
             line = axes.axhline(args.reference, color="0.3", linestyle="--", linewidth=1, label=args.reference_label)
@@ -770,9 +780,10 @@ def plot_efficiency(runs: Runs, metrics: dict[str, str], args: Args):
         for a in names:
             curves[task, a] = [(steps, (values - low) / span) for steps, values in curves[task, a]]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for place, name in enumerate(names):
+    style = styles(names)
+    for name in names:
         label = seeds_label(name, [len(curves[task, name]) for task in tasks])
-        draw(axes, [curves[task, name] for task in tasks], name, place, "iqm", label, args)
+        draw(axes, [curves[task, name] for task in tasks], name, style[name], "iqm", label, args)
     over = f"{len(tasks)} tasks and their seeds" if len(tasks) > 1 else f"the seeds of {tasks[0]}"
     ylabel = "normalised score" if scaled else METRICS[metrics[tasks[0]]]
     axes.set(xlabel=AXES[args.over], ylabel=ylabel)

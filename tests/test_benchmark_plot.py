@@ -137,6 +137,16 @@ def test_the_t_test_is_paired_and_welchs_over_tasks():
     assert plot.t_test([np.full(3, 0.5)] * 2) == 0 and plot.t_test([np.zeros(3)] * 2) == 1
 
 
+def test_an_algorithm_has_one_colour_in_all_pictures():
+    """Variants have the next ones, and dashes where there are no more."""
+    first = plot.styles(["mappo_smac", "a2po_smac", "kl_smac", "a2po_smac gae_lambda=0.9"])
+    second = plot.styles(["a2po_mpe-no-preopc", "happo_mpe", "a2po_mpe", "mappo"])
+    assert first["a2po_smac"] == second["a2po_mpe"] and first["mappo_smac"] == second["mappo"]
+    many = plot.styles(["coppo", *(f"a2po_smac critic_steps={k}" for k in range(9)), "a2po_smac"])
+    for some in (first, second, many):
+        assert len({tuple(style.values()) for style in some.values()}) == len(some)
+
+
 def test_areas_of_curves_that_are_not_as_dense_are_told(tmp_path, capsys):
     pytest.importorskip("rliable")
     for name, k in {"x": 4, "y": 2, "z": 2}.items():
