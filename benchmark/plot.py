@@ -97,6 +97,7 @@ GRID_POINTS = 200
 COLORS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 DASHES = ("-", "--", ":", "-.")
 PAPER = ("a2po", "mappo", "coppo", "happo")  # they have the first colours
+ALGORITHM = rf"({'|'.join(PAPER)})(?:_[a-z0-9]+)?"  # one of them, with its benchmark or without, and without a variant
 # Settings that runs of one name are not told apart by: the last five are in the name.
 NOT_NAMED = FREE | NO_SETTINGS | set("seed preopc preopc_targets vtrace clip_adaptation agent_order".split())
 # How variant() ends the name of a file, where there is no config to tell.
@@ -697,10 +698,14 @@ def save(figure, files, title: str):
 
 
 def styles(names: list[str]) -> dict[str, dict]:
-    """Colour and dashes of each one's line. The paper's four algorithms have the same in every picture."""
-    algorithm = {name: re.fullmatch(rf"({'|'.join(PAPER)})(_[a-z0-9]+)?", name) for name in names}
+    """Colour and dashes of lines. The paper's four algorithms have the same in every picture; where one is not
+    in it, its first variant has its colour."""
+    places = {name: PAPER.index(name.partition("_")[0]) for name in names if re.fullmatch(ALGORITHM, name)}
     others = itertools.count(len(PAPER))
-    places = {name: PAPER.index(found[1]) if found else next(others) for name, found in algorithm.items()}
+    for name in names:
+        place = PAPER.index(found[1]) if (found := re.match(ALGORITHM, name)) else None
+        if name not in places:
+            places[name] = next(others) if place is None or place in places.values() else place
     return {
         name: {"color": COLORS[place % len(COLORS)], "linestyle": DASHES[place // len(COLORS) % len(DASHES)]}
         for name, place in places.items()

@@ -138,10 +138,11 @@ def test_the_t_test_is_paired_and_welchs_over_tasks():
 
 
 def test_an_algorithm_has_one_colour_in_all_pictures():
-    """Variants have the next ones, and dashes where there are no more."""
+    """Variants have the next ones, and dashes where there are no more; or the algorithm's, where it is not there."""
     first = plot.styles(["mappo_smac", "a2po_smac", "kl_smac", "a2po_smac gae_lambda=0.9"])
     second = plot.styles(["a2po_mpe-no-preopc", "happo_mpe", "a2po_mpe", "mappo"])
     assert first["a2po_smac"] == second["a2po_mpe"] and first["mappo_smac"] == second["mappo"]
+    assert plot.styles(["happo_smac-preopc", "coppo_smac"])["happo_smac-preopc"] == second["happo_mpe"]
     many = plot.styles(["coppo", *(f"a2po_smac critic_steps={k}" for k in range(9)), "a2po_smac"])
     for some in (first, second, many):
         assert len({tuple(style.values()) for style in some.values()}) == len(some)
