@@ -133,9 +133,9 @@ def test_training_in_single_precision(script, train):
 def test_ranks_are_by_the_advantages_of_the_last_update(script, train):
     """As Eq. (2) corrected them, which changes the ranks here; without it they are the places of the greedy rule."""
     with in_double():
-        run = train(**LARGE, update_epochs=5, dtype=np.float64)
+        run = train(**LARGE | {"seed": 3}, update_epochs=5, dtype=np.float64)
     reference = reference_of(run, script)
-    assert_same_training(run, reference, run.games[0].record)
+    assert_same_training(run, reference, run.games[0].record, tolerance=1e-5)
     assert list(np.argsort(reference.scores)) != list(np.argsort(reference.last_sizes))
     plain = train("plain", preopc=False, agent_order="greedy").folder
     assert of_agents(plain, "rank") == of_agents(plain, "position") != []
