@@ -757,7 +757,7 @@ class Run:
             if self.checkpoint:
                 self.go_back()
             config = self.write_config()
-        if self.args.track:  # before the writer is made: what writes already would not be tracked
+        if self.args.track:  # before the writer is made: W&B follows no earlier one
             import wandb
 
             team, group = self.args.wandb_entity or None, self.args.wandb_group or None

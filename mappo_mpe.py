@@ -246,7 +246,7 @@ class ValueNormalizer(nn.Module):
 
 
 def masked_policy(logits, action_mask) -> Categorical:
-    """Unavailable actions get probability zero; with -inf for -1e10 there was NaN where no action is available."""
+    """Unavailable actions get probability zero; with -inf for -1e10 NaN would come where none is available."""
     return Categorical(logits=torch.where(action_mask.bool(), logits, -1e10), validate_args=False)
 
 
@@ -1061,7 +1061,7 @@ class Run:
             if self.checkpoint:
                 self.go_back()
             config = self.write_config()
-        if self.args.track:  # before the writer is made: what writes already would not be tracked
+        if self.args.track:  # before the writer is made: W&B follows no earlier one
             import wandb
 
             team, group = self.args.wandb_entity or None, self.args.wandb_group or None
