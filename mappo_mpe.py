@@ -33,6 +33,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -998,8 +999,8 @@ def read_checkpoint(path: Path, option: str) -> dict:
 class Run:
     """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
 
-    It is over after total_timesteps, at the end of the iteration in which Ctrl-C or SIGTERM comes, or when its games
-    fail, and saves what was learned. A second signal ends it at once.
+    It is over after total_timesteps, at the end of the iteration in which Ctrl-C, SIGTERM or SIGHUP comes, or when its
+    games fail, and saves what was learned. A second signal ends it at once.
     """
 
     def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):
@@ -1013,13 +1014,6 @@ class Run:
 
     def load(self, path: Path, option: str) -> dict:
         checkpoint = read_checkpoint(path, option)
-        saved = vars(Args()) | checkpoint["args"] | {"script": checkpoint["script"]}
-        same = {name: getattr(self.args, name) for name in TASK}
-        if self.args.resume:
-            same |= {"script": Path(__file__).stem} | {name: getattr(self.args, name) for name in GAMES}
-        for name, value in same.items():
-            if saved[name] != value:
-                usage_error(option, path, f"is of {name} {saved[name]}, not of {value}")
         try:
             for name, part in self.learned.items():
                 if self.args.resume or name in checkpoint["learned"]:
@@ -1041,8 +1035,6 @@ class Run:
     def report(self, episodes: list[dict[str, float]]):
         """Of --eval-only: mean and standard deviation over the episodes; everything goes to --out."""
         numbers = {name: [episode[name] for episode in episodes] for name in (*RAW.values(), "length")}
-        text = ", ".join(f"{name} {np.mean(values):.3f} (std {np.std(values):.3f})" for name, values in numbers.items())
-        print(f"{len(episodes)} greedy episodes: {text}")
         if self.out:
             step = self.checkpoint.get("progress", {}).get("global_step")
             record = {"checkpoint": self.args.checkpoint, "script": self.checkpoint["script"], "step": step}
@@ -1050,6 +1042,8 @@ class Run:
             with writing("--out", self.args.out), self.out:
                 print(json.dumps(record | {SCORE: summarize(episodes)[SCORE]} | numbers), file=self.out)
         self.envs.close()
+        text = ", ".join(f"{name} {np.mean(values):.3f} (std {np.std(values):.3f})" for name, values in numbers.items())
+        print(f"{len(episodes)} greedy episodes: {text}")
 
     def __enter__(self):
         name = f"{task_name(self.args)}__{self.args.exp_name}__{self.args.seed}"
@@ -1075,14 +1069,15 @@ class Run:
             self.envs.reset()
             rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
             self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
-        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        ends = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in ends}  # nohup has SIGHUP ignored
         self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
         self.begin = time.perf_counter() - self.progress["seconds"]
         return self
 
     def write_config(self) -> dict:
         """config.json: the settings that the run began with; and of each stretch, one for every start of this program,
-        its first step, the settings that were others by then, and what it ran on."""
+        its first step, the settings that were others by then, and what it ran on. A stretch never saved drops out."""
         settings = dataclasses.asdict(self.args) | {"resume": ""}
         versions = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
         ran_on = {"device": str(self.device), "git_commit": git_commit(), "versions": versions}
@@ -1093,7 +1088,8 @@ class Run:
             with contextlib.suppress(OSError, ValueError, TypeError):  # else what it began with is not known any more
                 config |= json.loads(file.read_text())
         changed = {name: value for name, value in settings.items() if config[name] != value}
-        config["stretches"].append({"step": step, "changed": changed} | ran_on)
+        kept = [stretch for stretch in config["stretches"] if stretch["step"] < step]
+        config["stretches"] = [*kept, {"step": step, "changed": changed} | ran_on]
         before = file.read_bytes()
         try:
             file.write_text(json.dumps(config, indent=2) + "\n")  # in its place, since it is locked
@@ -1108,7 +1104,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
         saved = kind not in (None, GamesFailed) or self.save()
-        self.bar.close()
+        with telling():
+            self.bar.close()
         with contextlib.suppress(OSError):  # its thread fails again where the disk is full
             self.writer.close()
         self.envs.close()
@@ -1121,17 +1118,20 @@ class Run:
             sys.exit(f"{error}; go on with --resume {shlex.quote(str(self.folder))}")
         if kind is None and self.progress["global_step"] >= self.args.total_timesteps:
             score = f"{SCORE.replace('_', ' ')} {self.scores['greedy']:.3f}"
-            print(f"{self.folder} is complete; the last greedy {score}", file=sys.stderr)
+            with telling():
+                print(f"{self.folder} is complete; the last greedy {score}", file=sys.stderr)
         elif kind is None:
             folder = shlex.quote(str(self.folder))
-            print(f"stopped by signal {self.stop_signal}; go on with --resume {folder}", file=sys.stderr)
+            with telling():
+                print(f"stopped by signal {self.stop_signal}; go on with --resume {folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
     def ask_to_stop(self, number, frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
         text = "\nstopping: saves at the end of this iteration or evaluation; a second signal ends it at once\n"
-        os.write(2, text.encode())  # print must not interrupt itself
+        with telling():
+            os.write(2, text.encode())  # print must not interrupt itself
 
     def go_back(self):
         """To where the checkpoint was written; evaluations after it will be done again."""
@@ -1166,7 +1166,8 @@ class Run:
         try:
             replace_file(self.folder / "checkpoint.pt", buffer.getbuffer())
         except OSError as error:
-            print(f"\n{self.folder} was not saved: {error.strerror}", file=sys.stderr)
+            with telling():
+                print(f"\n{self.folder} was not saved: {error.strerror}", file=sys.stderr)
             return False
         return True
 
@@ -1205,9 +1206,10 @@ class Run:
             scalars |= {f"charts/{name}": value for name, value in summary.items()}
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.progress["global_step"])
-        self.bar.update(steps)
         scores = ", ".join(f"{kind} {score:.2f}" for kind, score in self.scores.items())
-        self.bar.set_postfix_str(f"SPS {scalars['charts/SPS']:.0f}, {SCORE.replace('_', ' ')}: {scores}")
+        with telling():
+            self.bar.update(steps)
+            self.bar.set_postfix_str(f"SPS {scalars['charts/SPS']:.0f}, {SCORE.replace('_', ' ')}: {scores}")
 
     def is_due(self, every: int) -> bool:
         """Whether the iteration passed a multiple of `every` steps, or the end of the run."""
@@ -1233,6 +1235,15 @@ def writing(option: str, path):
         yield
     except OSError as error:
         usage_error(option, path, f"cannot be written: {error.strerror}")
+
+
+@contextlib.contextmanager
+def telling():
+    """What is told on stderr. Where that fails, as after Ctrl-C in `... 2>&1 | tee log`, the run goes on in silence."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def replace_file(path: Path, contents):
@@ -1340,13 +1351,18 @@ def parse_args(argv=None) -> Args:
     if not (args.resume or args.eval_only):
         return args
     checkpoint = read_checkpoint(path, option)
-    try:
-        defaults = Args(**checkpoint["args"])
-    except TypeError:
-        usage_error(option, path, f"was written by another script than {Path(__file__).name}")
-    args = tyro.cli(Args, default=defaults, args=words)
+    if args.resume and checkpoint["script"] != Path(__file__).stem:
+        usage_error(option, path, f"is of {checkpoint['script']}, not of {Path(__file__).stem}")
     if args.resume and "progress" not in checkpoint:
         usage_error(option, path, "is a policy, without the run that it comes from")
+    try:
+        saved = Args(**checkpoint["args"])
+    except TypeError:
+        usage_error(option, path, f"was written by another script than {Path(__file__).name}, or a later version of it")
+    args = tyro.cli(Args, default=saved, args=words)
+    for name in (*TASK, *GAMES) if args.resume else TASK:
+        if getattr(args, name) != getattr(saved, name):
+            usage_error(f"--{name.replace('_', '-')}", getattr(args, name), f"{path} is of {getattr(saved, name)}")
     return args
 
 
@@ -1376,12 +1392,16 @@ def check_args(args: Args):
             usage_error(option, value, "must be at least 1" + limit)
         elif name in ("gamma", "gae_lambda", "clip_adaptation", "local_ratio") and not 0 <= value <= 1:
             usage_error(option, value, "must be within 0 and 1")
-        elif name in ("huber_delta", "worker_timeout") and not 0 < value < math.inf:
+        elif name == "worker_timeout" and not 0 < value <= 1e6:
+            usage_error(option, value, "must be a number above 0, and at most 1e6")
+        elif name == "huber_delta" and not 0 < value < math.inf:
             usage_error(option, value, "must be a number above 0")
         elif type(value) is float and not 0 <= value < math.inf:
             usage_error(option, value, "must be a number of at least 0")
     if not re.fullmatch(r"[\w.=+-]+", args.exp_name) or "__" in args.exp_name:
         usage_error("--exp-name", args.exp_name, "must be of letters, digits and . = + - _, without __")
+    if getattr(args, "compile", False) and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        usage_error("--compile", args.compile, "needs a C++ compiler, g++ or clang++, or that which CXX names")
     if args.track and not args.eval_only:
         if importlib.util.find_spec("wandb") is None:
             usage_error("--track", args.track, "needs Weights & Biases: pip install wandb==0.31.0")

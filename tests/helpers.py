@@ -170,7 +170,7 @@ def train(script, folder, game, args):
             seen.args, seen.initial = self.args, copy.deepcopy(parts)
             return super().__enter__()
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     folder.mkdir(exist_ok=True)
     with in_place_of_the_simulator(script, game) as games, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -34,6 +34,7 @@ ANYWHERE = [
     *[f"--{name} 0" for name in "chunk-length num-workers eval-every eval-episodes save-every agent-blocks".split()],
     *[f"--{name} -3" for name in "num-envs num-workers agent-blocks".split()],
     *[f"--{name} {x}" for name in "learning-rate worker-timeout".split() for x in ("-0.1", "nan", "inf")],
+    "--worker-timeout 1000001.0",
     *[f"--{name} {x}" for name in "clip-coef ent-coef max-grad-norm huber-delta".split() for x in ("-1.0", "nan")],
     *[f"--{name} {x}" for name in "gamma gae-lambda clip-adaptation".split() for x in ("1.5", "-0.5", "nan")],
     "--seed -1",
@@ -169,16 +170,16 @@ WRONG = [
     ("--eval-only --checkpoint other_options.pt", "--checkpoint other_options.pt"),
     ("--eval-only --checkpoint other_networks.pt", "--checkpoint other_networks.pt"),
     ("--eval-only --checkpoint .", "--checkpoint ."),
-    ("--eval-only --checkpoint good.pt --map 8m", "--checkpoint good.pt"),
-    ("--eval-only --checkpoint good.pt --hidden-size 16", "--checkpoint good.pt"),
+    ("--eval-only --checkpoint good.pt --map 8m", "--map 8m: good.pt is of 3m"),
+    ("--eval-only --checkpoint good.pt --hidden-size 16", "--hidden-size 16: good.pt is of 8"),
     ("--eval-only --checkpoint good.pt --resume run", "--eval-only"),
     ("--resume empty", "--resume empty"),
     ("--resume corrupt", "--resume corrupt"),
     ("--resume old", "--resume old"),
     ("--resume one_optimizer", "is of another version of this script: there is no actor_optimizer in it"),
-    ("--resume run --num-envs 3", "--resume run"),
-    ("--resume run --map 8m", "--resume run"),
-    ("--resume run --hidden-size 16", "is of hidden_size 8, not of 16"),
+    ("--resume run --num-envs 3", "--num-envs 3: run/checkpoint.pt is of 2"),
+    ("--resume run --map 8m", "--map 8m: run/checkpoint.pt is of 3m"),
+    ("--resume run --hidden-size 16", "--hidden-size 16: run/checkpoint.pt is of 8"),
     ("--resume other_script", "--resume other_script"),
 ]
 
@@ -248,7 +249,7 @@ def test_a_checkpoint_of_another_script(files, monkeypatch, capsys):
         coppo.main(coppo.parse_args(["--eval-only", "--checkpoint", "good.pt", "--torch-threads", "1"]))
         assert "2 greedy episodes" in capsys.readouterr().out
         lines = left_with(coppo, ["--resume", "run"], capsys)
-    assert len(lines) == 1 and "is of script mappo_smac, not of coppo_smac" in lines[0]
+    assert len(lines) == 1 and "is of mappo_smac, not of coppo_smac" in lines[0]
 
 
 def test_checkpoints_from_before_the_agents_numbers(files, monkeypatch, capsys):
@@ -265,7 +266,19 @@ def test_checkpoints_from_before_the_agents_numbers(files, monkeypatch, capsys):
             script.main(script.parse_args(words))
             assert "2 greedy episodes" in capsys.readouterr().out
             (line,) = left_with(script, [*words, "--agent-id"], capsys)
-        assert line.endswith("--checkpoint older.pt: is of agent_id False, not of True")
+        assert line.endswith("--agent-id True: older.pt is of False")
+
+
+def test_compiling_needs_a_compiler(monkeypatch, tmp_path, capsys):
+    """Told before the run begins, and not by PyTorch in the middle of its first step."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("a2po_smac", "mappo_mpe"):
+        (line,) = left_with(load(name), ["--compile"], capsys)
+        assert "--compile True: needs a C++ compiler" in line
+    (tmp_path / "mine++").touch(0o755)
+    monkeypatch.setenv("CXX", "mine++")
+    script = load("a2po_smac")
+    assert script.complete_args(script.parse_args([*MAP, "--compile"])).compile
 
 
 def test_tracking_needs_its_package(script, monkeypatch, capsys):

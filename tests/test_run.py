@@ -61,6 +61,24 @@ def test_config_keeps_every_stretch(train):
         assert {"torch", "jax", "jaxmarl"} <= stretch["versions"].keys() and stretch["device"] == "cpu"
 
 
+def test_a_stretch_that_was_never_saved_drops_out(train):
+    """--resume with a wrong option that ended at once: what goes on from the same step takes its place."""
+    run = train()
+
+    class Broken(Skirmish):
+        def step(self, actions):
+            raise ZeroDivisionError
+
+    wrong = ["--resume", str(run.folder), "--total-timesteps", "60", "--learning-rate", "9"]
+    with pytest.raises(ZeroDivisionError):
+        train(argv=wrong, game=Broken)
+    stretches = json.loads((run.folder / "config.json").read_text())["stretches"]
+    assert stretches[-1]["changed"] == {"total_timesteps": 60, "learning_rate": 9.0}
+    train(argv=wrong[:4])
+    stretches = json.loads((run.folder / "config.json").read_text())["stretches"]
+    assert [stretch["changed"] for stretch in stretches] == [{}, {"total_timesteps": 60}]
+
+
 def test_config_of_an_older_run(train):
     """From before the stretches were written down, or lost: it can be resumed all the same."""
     run = train()
@@ -304,6 +322,46 @@ def test_the_first_signal_says_what_will_happen(train, capfd):
     assert run.status == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals(train, number):
+    """That of `kill`, and what a terminal sends that is closed."""
+    game = lambda num_envs: Skirmish(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=number)  # noqa: E731
+    run = train(game=game, total_timesteps=60)
+    assert run.status == 128 + number and run.checkpoint["progress"]["iteration"] == 2 and run.handlers_are_back
+
+
+def test_nohup_holds(train, monkeypatch):
+    """It has SIGHUP ignored, which the run leaves so."""
+    monkeypatch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # what the game expects after the signal
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    game = lambda num_envs: Skirmish(num_envs, signal_at=3, signal_number=signal.SIGHUP)  # noqa: E731
+    run = train(game=game)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert run.status == 0 and run.checkpoint["progress"]["global_step"] >= 30
+
+
+def test_nobody_reads_any_more(train, monkeypatch):
+    """In `... 2>&1 | tee log` Ctrl-C ends tee first: the run saves all the same, with the status of the signal."""
+    kept, (reader, writer) = os.dup(2), os.pipe()
+
+    class Piped(Skirmish):
+        def step(self, actions):
+            if len(self.record) == self.signal_at:
+                os.close(reader)
+            return super().step(actions)
+
+    os.dup2(writer, 2)
+    os.close(writer)
+    monkeypatch.setattr(sys, "stderr", open(2, "w", buffering=1, closefd=False))
+    try:
+        game = lambda num_envs: Piped(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=signal.SIGINT)  # noqa: E731
+        run = train(game=game, total_timesteps=60)
+        sys.stderr.flush()
+    finally:
+        os.dup2(kept, 2)
+    assert run.status == 128 + signal.SIGINT and run.checkpoint["progress"]["iteration"] == 2
+
+
 def test_a_signal_in_the_last_iteration(train, capfd):
     """What is complete says so, and not that it should be resumed."""
     run = train(game=signalled(SMALL["num_steps"] + 3))
@@ -328,6 +386,21 @@ def test_what_an_evaluation_leaves(train, tmp_path, capsys):
     returns = torch.tensor(five["return"], dtype=torch.float64)
     expected = f"return {returns.mean():.3f} (std {returns.std(correction=0):.3f})"
     assert f"5 greedy episodes: won {five['win_rate']:.3f}" in (shown := capsys.readouterr().out) and expected in shown
+
+
+def test_an_evaluation_is_written_before_it_is_told(train, tmp_path, monkeypatch):
+    """Where nothing can be told, as in `... | true`, the line in --out is there."""
+    run, out = train(), tmp_path / "scores.jsonl"
+
+    def closed(*_, file=None, **options):
+        if file is None:
+            raise BrokenPipeError
+        return print(*_, file=file, **options)
+
+    monkeypatch.setattr(a2po_smac, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        train(argv=["--eval-only", "--checkpoint", str(run.folder / "checkpoint.pt"), "--out", str(out)])
+    assert len(json.loads(out.read_text())["won"]) == 2
 
 
 def test_an_evaluation_whose_record_has_no_place(train, tmp_path, capsys):
