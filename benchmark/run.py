@@ -33,6 +33,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -216,7 +217,7 @@ class Job:
 
 def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
     """The benchmark of a task, as in the scripts' names, and the options that choose it; an error if it is none."""
-    if found := re.fullmatch(r"spread-(\d+)-([\d.]+)", task):
+    if found := re.fullmatch(r"spread-([2-9]|[1-9]\d+)-(0(?:\.\d+)?|1(?:\.0+)?)", task):
         return "mpe", ("--n-agents", found[1], "--local-ratio", found[2])
     if task in (*MUJOCO_TASKS, *OTHER_ROBOTS):
         scenario, partition = task.split("-")
@@ -287,6 +288,11 @@ def further_options(args: Args, chosen: tuple[str, ...]) -> list[str]:
     except ValueError as error:
         usage_error(f"--options {args.options}", str(error).lower())
     names = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")]
+    if words and not words[0].startswith("--"):
+        usage_error(f"--options {args.options}", f"{words[0]} is no option")
+    for name in names:
+        if name in ("--eval-only", "--checkpoint", "--out"):
+            usage_error(f"--options {args.options}", f"{name} is not for trainings")
     taken = [word.replace("--no-", "--") for word in chosen] + ["--torch-threads", "--num-workers", "--resume"]
     taken += ["--total-timesteps"] if args.total_timesteps is not None else []
     for name in names:
@@ -384,10 +390,25 @@ def variant(config: dict) -> str:
     return name if c in (0.5, 1) else f"{name} clip_adaptation={c}"
 
 
+def saved_step(run_dir: Path) -> float:
+    """The step of a run's checkpoint; infinite where that cannot be read."""
+    import torch
+
+    try:
+        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["progress"]["global_step"]
+    except Exception:
+        return math.inf
+
+
 def belongs(run_dir: Path, job: Job) -> bool:
     """Whether the settings of a run are those of a job, and its name is, from its first step to its last."""
     config = read_config(run_dir / "config.json")
-    if config.get("script") != job.script.stem or resumed_with(config):
+    if config.get("script") != job.script.stem:
+        return False
+    if resumed_with(config):  # but what it was last resumed with may never have been saved
+        saved = saved_step(run_dir)
+        config["stretches"] = [stretch for stretch in config["stretches"] if stretch["step"] < saved]
+    if resumed_with(config):
         return False
     module, name = load(job.script), job.script.stem
     wanted = vars(module.complete_args(settings(job)))
@@ -559,21 +580,24 @@ def clock(seconds: float) -> str:
 
 
 class View:
-    """One block that is drawn anew in place on a terminal; elsewhere a line a minute."""
+    """One block that is drawn anew in place on a terminal; elsewhere a line a minute. Where nobody reads any more, as
+    after Ctrl-C in `... 2>&1 | tee log`, nothing."""
 
     def __init__(self, stream, now: float):
         self.stream, self.begin, self.live = stream, now, stream.isatty()
         self.height, self.next_line = 0, now
 
-    def clear(self):
-        if self.height:
-            self.stream.write(f"\x1b[{self.height}F\x1b[J")
-        self.height = 0
+    def write(self, text: str, height: int = 0):
+        """In the place of the block, if there is one; the next time in the place of this, if it has a height."""
+        try:
+            self.stream.write((f"\x1b[{self.height}F\x1b[J" if self.height else "") + text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.height = height
 
     def event(self, text: str):
-        self.clear()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self.write(text + "\n")
 
     def update(self, counts: dict[str, int], running: dict[str, tuple[float, str]], fraction: float, now: float):
         """counts by state; running: name -> (share done, text); fraction: of all work of this call."""
@@ -590,10 +614,7 @@ class View:
         for name, (share, text) in running.items():
             bar = "█" * int(12 * share) + "·" * (12 - int(12 * share))
             lines.append(f"{bar} {100 * share:3.0f}% {name}  {text}")
-        self.clear()
-        self.stream.write("".join(line[: width - 1] + "\n" for line in lines))
-        self.stream.flush()
-        self.height = len(lines)
+        self.write("".join(line[: width - 1] + "\n" for line in lines), len(lines))
 
 
 @contextlib.contextmanager
@@ -612,6 +633,7 @@ def silence():
 def start_ray(args: Args, cpus: int):
     """Ray on this machine or a cluster, without dashboard, usage reports and logs on the screen."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ["RAY_kill_child_processes_on_worker_exit"] = "0"  # STOP_WITH_PARENT ends them, and they save
     token = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
     if args.address and ("RAY_AUTH_TOKEN" in os.environ or Path(token).expanduser().is_file()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start --head` does; a cluster may ask for none
@@ -636,7 +658,10 @@ def start_ray(args: Args, cpus: int):
     else:
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         # `local`: not a cluster that happens to run on this machine
-        ray.init(address="local", **own, object_store_memory=100 * 2**20, **quiet)
+        try:
+            ray.init(address="local", **own, object_store_memory=100 * 2**20, **quiet)
+        except Exception as error:  # of many kinds, such as that of a machine too busy to start it in time
+            sys.exit(f"run.py: Ray did not start: {str(error).splitlines()[0]}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= args.gpus_per_job for n in nodes):
         ray.shutdown()
@@ -652,8 +677,9 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
     ray = start_ray(args, cpus)
     no_machine = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError)
     stops = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stops.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: stops.append(number))
     task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=args.gpus_per_job)(run_process)
     begin, waiting, lost, losses = time.time(), {}, [], collections.Counter()
     begun = {}  # job's name: share that was done before this call
@@ -740,11 +766,14 @@ def check_args(args: Args):
     for name in ("total_timesteps", "cpus_per_job"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             usage_error(f"--{name.replace('_', '-')} {getattr(args, name)}", "must be at least 1")
+    for seed in args.seeds or ():
+        if not 0 <= seed <= 2147483:
+            usage_error(f"--seeds {seed}", "must be within 0 and 2147483")
     gpus = args.gpus_per_job
     if not (0 <= gpus <= 1 or gpus.is_integer() and gpus > 0):
         usage_error(f"--gpus-per-job {gpus:g}", "must be within 0 and 1, or a whole number")
-    if args.collect and not args.dir.is_dir():
-        usage_error(f"--dir {args.dir}", "no such folder")
+    if not args.dir.is_dir() and (args.collect or args.dir.exists()):
+        usage_error(f"--dir {args.dir}", "is no folder" if args.dir.exists() else "no such folder")
 
 
 def main(args: Args) -> int:

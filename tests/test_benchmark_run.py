@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import plot, run
@@ -217,7 +218,8 @@ def main(args):
         print(f"\\r {share}%|##  | {step}/{args.total_timesteps} [SPS 7]", end="", flush=True)
         checkpoint.with_suffix(".tmp").write_text(json.dumps({"step": step, "args": settings}))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    sys.exit(143 if stops else 0)
+    if stops:
+        sys.exit(print("\\ntold to stop") or 143)
 
 if __name__ == "__main__":
     main(parse_args())
@@ -280,6 +282,21 @@ def test_a_run_that_was_resumed_with_other_settings_belongs_to_no_job(fake):
     back = {"step": 400, "changed": {"torch_threads": 7}}
     assert run.resumed_with({"stretches": [first, second, second, back]}) == [(300, {"sleep": 0.001}), (400, {})]
     assert run.resumed_with({"stretches": [first, back]}) == run.resumed_with({}) == []
+
+
+def test_a_stretch_that_was_never_saved_does_not_count(fake):
+    """A run resumed with a wrong option, which ended before it saved, is still the job's."""
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    run_dir = fake / run.find_run(job, fake)[1]
+    file, config = run_dir / "config.json", run.read_config(run_dir / "config.json")
+    wrong = {"step": 300, "changed": {"gae_lambda": 0.5}}
+    file.write_text(json.dumps(config | {"stretches": [*config["stretches"], wrong]}))
+    for step, state in ((300, "done"), (301, "new")):
+        torch.save({"progress": {"global_step": step}}, run_dir / "checkpoint.pt")
+        assert run.find_run(job, fake)[0] == state
+    (run_dir / "checkpoint.pt").write_text("damaged")
+    assert run.find_run(job, fake)[0] == "new"
 
 
 def test_runs_of_another_name_are_others(fake):
@@ -574,6 +591,12 @@ def test_a_game_that_is_not_here_is_one_line(monkeypatch, capsys, tmp_path):
         ["table2", "--seeds", "-4", "--tasks", "3s5z"],
         ["table2", "--options=--nonsense 3", "--tasks", "3s5z"],
         ["table2", "--options=--map '3s5z", "--tasks", "3s5z"],
+        ["table2", "--options=foo", "--tasks", "3s5z", "--dry-run"],
+        ["table2", "--options=--eval-only --checkpoint x", "--tasks", "3s5z", "--dry-run"],
+        ["table2", "--seeds", "2147484", "--dry-run"],
+        ["table2", "--dir", __file__, "--dry-run"],
+        ["figure10", "--tasks", "spread-1-0", "--dry-run"],
+        ["figure10", "--tasks", "spread-3-1.5", "--dry-run"],
         ["table2", "--gpus-per-job", "1.5"],
         ["table2", "--gpus-per-job", "nan"],
         ["preopc", "--algorithms", "mappo"],
@@ -650,7 +673,7 @@ class Cluster:
 
 @pytest.fixture
 def handlers():
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield
     for number, handler in before:
         signal.signal(number, handler)
@@ -748,6 +771,27 @@ def test_a_cluster_that_is_none_is_one_line(address, monkeypatch, capfd):
     assert time.time() - begin < 20
 
 
+def test_what_a_killed_call_leaves(tmp_path, monkeypatch):
+    """Its runs are told to stop, by the end of the worker that started them, and so can save."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "benchmark").mkdir()
+    for name in ("run.py", "cli.py"):
+        shutil.copy(ROOT / "benchmark" / name, tmp_path / "benchmark")
+    (tmp_path / "a2po_smac.py").write_text(FAKE)
+    command = [sys.executable, "benchmark/run.py", "preopc", "--smax", "--tasks", "3s5z", "--seeds", "1"]
+    command += ["--total-timesteps", "6e5", "--options=--sleep 0.1"]
+    with (tmp_path / "output").open("w") as output:
+        driver = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or driver.poll() is not None)
+    finally:
+        driver.kill()
+    logs = list(tmp_path.glob("runs/logs/*.log"))
+    wait_until(lambda: all(log.read_text().endswith("told to stop\n") for log in logs))
+    assert logs
+
+
 def test_two_machines_one_of_which_is_lost(tmp_path, monkeypatch):
     """A real cluster: jobs run on both nodes; what ran on the one that dies goes on from its checkpoint on the other,
     whether its process was killed too or has time to save."""
@@ -809,11 +853,22 @@ def test_view_redraws_on_a_terminal_only():
     view = run.View(terminal, now=0)
     for _ in range(2):
         view.update({"running": 1}, {"job": (0.5, "x" * 500)}, 0.25, now=60)
-    assert terminal[1] == "\x1b[2F\x1b[J" and "0:03:00 left" in terminal[2]
-    assert all(len(line) < 500 for line in terminal)
+    assert terminal[1].startswith("\x1b[2F\x1b[J0:01:00") and "0:03:00 left" in terminal[1] and len(terminal) == 2
+    assert all(len(line) < 500 for text in terminal for line in text.splitlines())
     pipe = Terminal()
     pipe.isatty = lambda: False
     view = run.View(pipe, now=0)
     for now in (0, 30, 61):
         view.update({"running": 1}, {"job": (0.5, "")}, 0.25, now)
     assert len(pipe) == 2 and "\x1b" not in "".join(pipe)
+
+
+def test_a_view_that_nobody_sees(tmp_path):
+    """In `... 2>&1 | tee log` Ctrl-C ends tee first: the runs are waited for all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream:
+        view = run.View(stream, now=0)
+        view.event("stopping")
+        view.event("stopped")
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))
