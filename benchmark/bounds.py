@@ -21,6 +21,7 @@ policies and advantages (B, S, K), agent 1 being the slowest index of K.
 import collections
 import contextlib
 import importlib.util
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 
 @dataclass
@@ -717,8 +718,10 @@ def plot_errors(raw, path):
     legend = axes[0, 0].legend(markerscale=4, fontsize=8, loc="upper left")
     for handle in legend.legend_handles:
         handle.set_alpha(1)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
+    write(path, picture.getvalue())
 
 
 def plot_improvement(rows, path):
@@ -741,8 +744,10 @@ def plot_improvement(rows, path):
     figure.supxlabel("step of the predecessors (total variation, at most)")
     figure.supylabel("share of updates of agents 2..n that lower the joint return (at the bottom: none)")
     axes[0, 0].legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
+    write(path, picture.getvalue())
 
 
 def fail(message):
@@ -765,10 +770,7 @@ def check_arguments(args):
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         for file in map(args.out.joinpath, FILES):  # before there is something to write
-            new = not file.exists()
-            file.open("ab").close()
-            if new:
-                file.unlink()
+            check_writable(file)
 
 
 @contextlib.contextmanager
@@ -864,20 +866,21 @@ def main(args: Args):
     summary["improvement"] = improvement
 
     with writing(args.out):
-        write(args.out, raw, climbed, summary)
+        write_all(args.out, raw, climbed, summary)
     print(markdown(summary))
 
 
-def write(out, raw, climbed, summary):
-    (out / "raw.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in raw))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+def write_all(out, raw, climbed, summary):
+    write(out / "raw.jsonl", "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in raw))
+    write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_errors(raw, out / "errors.png")
     plot_improvement(summary["improvement"], out / "improvement.png")
-    with open(out / "hardest.jsonl", "w") as file:
-        for key, (ratio, game, base, new) in climbed.items():
-            arrays = {name: x[0].tolist() for name, x in (game._asdict() | {"base": base, "new": new}).items()}
-            file.write(json.dumps({"inequality": key, "ratio": ratio} | arrays) + "\n")
-    (out / "table.md").write_text(markdown(summary) + "\n")
+    hardest = []
+    for key, (ratio, game, base, new) in climbed.items():
+        arrays = {name: x[0].tolist() for name, x in (game._asdict() | {"base": base, "new": new}).items()}
+        hardest.append(json.dumps({"inequality": key, "ratio": ratio} | arrays) + "\n")
+    write(out / "hardest.jsonl", "".join(hardest))
+    write(out / "table.md", markdown(summary) + "\n")
 
 
 def markdown(summary):

@@ -1,7 +1,9 @@
-"""The command line of the programs here: tyro's, with every error on one line and exit status 2."""
+"""What the programs here share: tyro's command line, with every error on one line and exit status 2, and how they
+write their files."""
 
 import contextlib
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,3 +33,26 @@ def first_part(box: str) -> str:
             break
         words += text.split()
     return " ".join(words).removeprefix("Error ").rstrip(".")
+
+
+def check_writable(file: Path):
+    """An OSError where a file cannot be written, before there is something to write. It is left as it was."""
+    new = not os.path.lexists(file)
+    file.open("ab").close()
+    if new:
+        file.unlink()
+
+
+def write(file: Path, contents: bytes | str):
+    """All or nothing: a disk that is full leaves the file as it was. No file, such as /dev/stdout: straight to it."""
+    contents, file = contents.encode() if isinstance(contents, str) else contents, file.resolve()
+    if file.exists() and not file.is_file():
+        file.write_bytes(contents)
+        return
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_bytes(contents)
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -23,10 +23,10 @@ off: it is the mean. Runs on Football have the paper's Table 3 besides.
 
 import collections
 import contextlib
+import io
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -39,7 +39,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 from benchmark.run import FREE, NO_SETTINGS, RULES, count_orders, read_config, resumed_with, variant  # noqa: E402
 
 
@@ -154,14 +154,11 @@ def writing(what):
         usage_error(what, f"cannot be written: {error.strerror}")
 
 
-def check_writable(what, file: Path):
-    """Whether a file can be written, before there is something to write; its folder is made."""
+def make_room(what, file: Path):
+    """A file's folder is made; whether the file can be written is found out before there is something to write."""
     with writing(what):
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = not os.path.lexists(file)
-        file.open("ab").close()
-        if new:
-            file.unlink()
+        check_writable(file)
 
 
 def warn(what, why: str):
@@ -692,8 +689,13 @@ def save(figure, files, title: str):
     if title:
         figure.suptitle(title)
     for file in files:
+        picture, kind = io.BytesIO(), file.suffix[1:]
+        try:
+            figure.savefig(picture, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+        except ValueError as error:  # of mathematics in the titles
+            usage_error(file, f"cannot be drawn: {str(error).strip().splitlines()[0]}")
         with writing(file):
-            figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+            write(file, picture.getvalue())
         print(f"wrote {file}", file=sys.stderr)
 
 
@@ -853,11 +855,13 @@ def check_args(args: Args):
         for file in getattr(args, option):
             if file.suffix not in (".png", ".svg"):
                 usage_error(f"--{option} {file}", "must end in .png or .svg")
-            check_writable(f"--{option} {file}", file)
+            make_room(f"--{option} {file}", file)
     if args.table:
-        check_writable(f"--table {args.table}", args.table)
+        make_room(f"--table {args.table}", args.table)
     if not 0 <= args.seed < 2**32:
         usage_error(f"--seed {args.seed}", f"must be within 0 and {2**32 - 1}")
+    if args.reference is not None and not math.isfinite(args.reference):
+        usage_error(f"--reference {args.reference}", "must be a number")
     if not args.until > 0:
         usage_error(f"--until {args.until:g}", "must be a number above 0")
     if args.orders and args.until < math.inf:
@@ -905,7 +909,7 @@ def main(args: Args):
     print(text)
     if args.table:
         with writing(args.table):
-            args.table.write_text(text + "\n")
+            write(args.table, text + "\n")
         print(f"wrote {args.table}", file=sys.stderr)
     if args.out:
         plot_curves(runs, metrics, args)

@@ -8,6 +8,7 @@ MuJoCo's has the observations' normaliser too, which its actors look through.
 """
 
 import contextlib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 PARTS = ("actor", "obs_normalizer")
 
@@ -37,20 +38,17 @@ def fail(path: Path, message: str):
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """What cannot be written in here is one line; PyTorch turns some of its errors into others."""
+    """What cannot be written in here is one line."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        fail(path, f"cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+    except OSError as error:
+        fail(path, f"cannot be written: {error.strerror}")
 
 
 def main(args: Args):
     with writing(args.out):  # before there is something to write
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.out.exists()
-        args.out.open("ab").close()
-        if new:
-            args.out.unlink()
+        check_writable(args.out)
     try:
         checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         learned = {name: part for name, part in checkpoint["learned"].items() if name in PARTS}
@@ -59,8 +57,12 @@ def main(args: Args):
         fail(args.checkpoint, "no such file")
     except Exception:
         fail(args.checkpoint, "is not a checkpoint of these scripts")
+    if args.out.exists() and args.out.samefile(args.checkpoint):
+        fail(args.out, "is the checkpoint itself, which the run needs to go on")
+    buffer = io.BytesIO()
+    torch.save(policy, buffer)
     with writing(args.out):
-        torch.save(policy, args.out)
+        write(args.out, buffer.getvalue())
     print(f"{args.out}: {args.out.stat().st_size / 1024:.0f} KiB")
 
 

@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import a2po_mpe  # noqa: E402
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 
 @dataclass
@@ -61,10 +61,7 @@ def main(args: Args):
         usage_error(f"--episodes {args.episodes}", "must be at least 2")
     with writing(args.out):  # before there is something to write
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.out.exists()
-        args.out.open("ab").close()
-        if new:
-            args.out.unlink()
+        check_writable(args.out)
     levels = {}
     for n_agents in (3, 5):
         for local_ratio in (0.0, 0.5):
@@ -76,7 +73,7 @@ def main(args: Args):
                 "standard_error": round(float(error), 3),
             }
     with writing(args.out):
-        args.out.write_text(json.dumps(levels, indent=1) + "\n")
+        write(args.out, json.dumps(levels, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from typing import Annotated, Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import parse_args, write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SMAC_MAPS = (  # Tables 2 and 5
@@ -349,7 +349,7 @@ def read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return config if isinstance(config, dict) and isinstance(config.get("stretches", []), list) else {}
 
 
 def count_orders(run_dir: Path) -> dict[str, list[list[int]]]:
@@ -491,17 +491,6 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
                 write(folder / f"{stem}.orders.json", json.dumps(counts).encode() + b"\n")
         print(f"{run_dir} -> {folder / stem}.jsonl")
     return missing
-
-
-def write(target: Path, contents: bytes):
-    """All or nothing: a disk that is full leaves no part of a file."""
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_bytes(contents)
-        os.replace(part, target)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 # --------------------------------------------------------------------------------------------------------- running

@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import speed_peers  # noqa: E402
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args  # noqa: E402
 from benchmark.run import read_config  # noqa: E402
 
 RETURN = "charts/episodic_return"  # in TensorBoard
@@ -114,7 +114,12 @@ def read_ours(run: Path) -> list[tuple[int, float]]:
 def read_evaluations(run: Path) -> list[tuple[int, float]]:
     """(step, mean return of the greedy episodes)"""
     lines = (run / "eval.jsonl").read_text().splitlines() if (run / "eval.jsonl").exists() else []
-    return [(line["step"], round(float(np.mean(line["returns"])), 3)) for line in map(json.loads, lines)]
+    evaluations = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # it was cut off
+            record = json.loads(line)
+            evaluations.append((record["step"], round(float(np.mean(record["returns"])), 3)))
+    return evaluations
 
 
 def in_windows(by_step: list[tuple[int, float]], window: int, steps: int) -> list[float]:
@@ -133,15 +138,15 @@ def main(args: Args):
     if not 1000 <= args.window <= args.total_timesteps:
         usage_error(f"--window {args.window}", f"must be within 1000 and --total-timesteps, {args.total_timesteps}")
     with writing(args.out):  # before there is something to write
-        new = not args.out.exists()
-        args.out.open("a").close()
-        if new:
-            args.out.unlink()
+        check_writable(args.out)
     if theirs:
         command = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(command, cwd=args.path, capture_output=True, text=True).stdout.strip()
         record = {"trainer": "authors", "commit": commit, "seed": args.seed}
-        returns = train_theirs(args.path.resolve(), args.seed, args.total_timesteps)
+        try:
+            returns = train_theirs(args.path.resolve(), args.seed, args.total_timesteps)
+        except ImportError as error:
+            usage_error(args.path, f"this environment lacks what it needs: {error}")
         by_step, greedy = returns.by_step, returns.greedy
     else:
         config = read_config(args.path / "config.json")

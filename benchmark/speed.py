@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"rollout": "time/rollout_seconds", "update": "time/update_seconds", "steps_per_second": "charts/SPS"}
@@ -391,10 +391,7 @@ def check_args(args: Args) -> dict[str, str]:
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         for file in (args.out / "speed.json", args.out / "speed.md"):  # before there is something to write
-            new = not file.exists()
-            file.open("ab").close()
-            if new:
-                file.unlink()
+            check_writable(file)
     return options
 
 
@@ -455,8 +452,8 @@ def main(args: Args):
                 text = markdown(result) + ("\n" + growth(result) if args.sweep != "none" else "")
                 # After each shape: a run may be cut off.
                 with writing(args.out):
-                    (args.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-                    (args.out / "speed.md").write_text(text)
+                    write(args.out / "speed.json", json.dumps(result, indent=1) + "\n")
+                    write(args.out / "speed.md", text)
     except Failed as failure:
         fail(*failure.args)
     print(text)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import a2po_grf
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 
 @dataclass
@@ -45,6 +46,7 @@ def bare_engine(connection, scenario: str, seed: int):
     """A worker process: plays for as many seconds as it is told and answers (steps, seconds, CPU seconds)."""
     from gfootball.env import config, football_env
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the program, and it its processes
     agents, rng = a2po_grf.SCENARIOS[scenario].agents, np.random.default_rng(seed)
     options = {"level": scenario, "players": [f"agent:left_players={agents}"], "game_engine_random_seed": seed}
     env = football_env.FootballEnv(config.Config(options))
@@ -137,10 +139,7 @@ def check_args(args: Args):
             usage_error(name, value, f"must be at least {lowest}")
     if args.out:
         with writing(args.out):  # before there is something to write
-            new = not args.out.exists()
-            args.out.open("ab").close()
-            if new:
-                args.out.unlink()
+            check_writable(args.out)
     a2po_grf.check_scenario(args.scenario)
 
 
@@ -168,7 +167,7 @@ def main(args: Args):
     if args.out:
         settings = {"scenario": args.scenario, "processes": args.processes, "seconds": args.seconds}
         with writing(args.out):
-            args.out.write_text(json.dumps(settings | {"load": os.getloadavg()[0], "turns": turns}, indent=1) + "\n")
+            write(args.out, json.dumps(settings | {"load": os.getloadavg()[0], "turns": turns}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import speed  # noqa: E402
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUT = 4000  # steps of an iteration, of all environments (Table 8)
@@ -152,10 +152,7 @@ def check_args(args: Args):
         if value < low:
             fail(f"--{name} {value}: must be at least {low}")
     with writing(args.out):  # before there is something to write
-        new = not args.out.exists()
-        args.out.open("ab").close()
-        if new:
-            args.out.unlink()
+        check_writable(args.out)
 
 
 def main(args: Args):
@@ -168,7 +165,7 @@ def main(args: Args):
         numbers = run_measurement(common | {"num_envs": count, "num_steps": ROLLOUT // count})
         result["turns"].append({"num_envs": count} | {who: [round(x, 5) for x in numbers[who]] for who in numbers})
     with writing(args.out):
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.out, json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 

@@ -32,7 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import speed  # noqa: E402
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 MPE = {"n_agents": 3, "num_envs": 32, "num_steps": 25, "chunk_length": 5}
 TWO_LAYERS = MPE | {"deep": False, "update_epochs": 8}
@@ -349,10 +349,7 @@ def check_args(args: Args) -> dict[str, Path]:
     if args.warmup < 0:
         fail(f"--warmup {args.warmup}: must be at least 0")
     with writing(args.out):  # before there is something to write
-        new = not args.out.exists()
-        args.out.open("a").close()
-        if new:
-            args.out.unlink()
+        check_writable(args.out)
     return folders
 
 
@@ -384,7 +381,7 @@ def main(args: Args):
         ours = {label: settings for label, (_, settings) in PEERS[name].ours.items()}
         result["peers"][name] = {"commit": commit, "turns": turns, "settings_of_ours": ours}
         with writing(args.out):  # after each: a run may be cut off
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write(args.out, json.dumps(result, indent=1) + "\n")
         for label, seconds in turns.items():
             parts = [sum((turn[part] for turn in seconds), []) for part in ("rollout", "update")]
             parts = [f"{statistics.median(part):.3f}" if part else "" for part in parts]

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 EPISODES, STEPS, TORSO_ANGLE = 32, 1000, 1
 
@@ -86,10 +86,7 @@ def main(args: Args):
         fail("checkpoints", "name at least one")
     if args.out:
         with writing(args.out):
-            is_new = not args.out.exists()
-            args.out.open("a").close()
-            if is_new:
-                args.out.unlink()
+            check_writable(args.out)
     torch.set_num_threads(1)
     records = []
     for path in args.checkpoints:
@@ -97,8 +94,11 @@ def main(args: Args):
         print(records[-1], flush=True)
     if args.out:
         with writing(args.out):
-            args.out.write_text(json.dumps(records, indent=1) + "\n")
+            write(args.out, json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    try:
+        main(parse_args(Args, __doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.cli import parse_args  # noqa: E402
+from benchmark.cli import check_writable, parse_args, write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -449,8 +449,8 @@ def read(args: Args):
         low = 0 if name == "seed" else 1
         if type(value) is int and not low <= value < 2**31:
             fail(f"--{name.replace('_', '-')}", value, f"must be at least {low}, and below 2^31")
-    if args.width < 32:
-        fail("--width", args.width, "must be at least 32")
+    if not 32 <= args.width <= 4096:
+        fail("--width", args.width, "must be within 32 and 4096")
     if args.fps is not None and args.fps > 50:
         fail("--fps", args.fps, "must be at most 50, more than that a GIF cannot do")
     if args.out.suffix != ".gif":
@@ -472,10 +472,7 @@ def read(args: Args):
     needs("imageio", "requirements.txt", args)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not args.out.exists()
-        args.out.open("ab").close()
-        if is_new:
-            args.out.unlink()
+        check_writable(args.out)
     except OSError as error:
         fail("--out", args.out, error.strerror)
     return checkpoint, importlib.import_module(name), BENCHMARKS[benchmark]
@@ -500,7 +497,7 @@ def main(args: Args):
             break
     data = encode(frames, fps, args.max_kib)
     try:
-        args.out.write_bytes(data)
+        write(args.out, data)
     except OSError as error:
         fail("--out", args.out, error.strerror)
     print(f"{args.out}: {len(data) / 1024:.0f} KiB")

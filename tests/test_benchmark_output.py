@@ -2,16 +2,19 @@
 worked for it."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import (
     bounds,
+    cli,
     plot,
     policy,
     random_mpe,
@@ -133,6 +136,54 @@ def test_a_disk_that_is_full_in_the_end_is_one_line(tmp_path, monkeypatch, capsy
     )
 
 
+def test_what_is_written_is_whole_or_as_it_was(tmp_path):
+    """A file, or what a link names; what is no file, such as a pipe, is written to, and stays what it is."""
+    file, link, pipe = tmp_path / "a.json", tmp_path / "link", tmp_path / "pipe"
+    cli.write(file, "old")
+    link.symlink_to(file)
+    (tmp_path / "a.json.part").symlink_to("/dev/full")
+    for path in (file, link):
+        (tmp_path / "a.json.part").unlink(missing_ok=True)
+        (tmp_path / "a.json.part").symlink_to("/dev/full")
+        with pytest.raises(OSError):
+            cli.write(path, b"new")
+        assert file.read_text() == "old" and not (tmp_path / "a.json.part").exists()
+    cli.write(link, b"new")
+    assert file.read_text() == "new" and link.is_symlink()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    cli.write(pipe, "told")
+    assert os.read(reader, 9) == b"told" and pipe.is_fifo()
+    os.close(reader)
+
+
+WRITING = {  # program: what it is called with, and what takes its work's place
+    random_mpe: (["OUT"], {"random_returns": lambda *_: [1.0, 2.0]}),
+    upside_down: (["x.pt", "--out", "OUT"], {"measure": lambda _: {}}),
+    speed_mujoco: (["--out", "OUT"], {"run_measurement": lambda _: {}, "table": lambda _: ""}),
+    plot: (["t", "--out", "OUT"], {}),
+    policy: (["checkpoint.pt", "OUT"], {}),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("program", WRITING, ids=lambda program: program.__name__)
+def test_a_full_disk_leaves_the_old_file(program, tmp_path, monkeypatch, capsys):
+    words, instead = WRITING[program]
+    for name, function in instead.items():
+        monkeypatch.setattr(program, name, function)
+    monkeypatch.chdir(tmp_path)
+    Path("t").mkdir()
+    Path("t", "a2po_mpe__1.jsonl").write_text('{"step": 1, "returns": [1.0]}\n{"step": 2, "returns": [2.0]}\n')
+    torch.save({"args": {}, "script": "x", "learned": {}}, "checkpoint.pt")
+    Path("old.png").write_text("old")
+    Path("old.png.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        program.main(program.parse_args(program.Args, "", [word.replace("OUT", "old.png") for word in words]))
+    assert stop.value.code == 2 and "old.png: cannot be written: No space" in capsys.readouterr().err
+    assert Path("old.png").read_text() == "old"
+
+
 def test_random_mpe_writes_the_levels_of_four_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(random_mpe, "random_returns", lambda n_agents, local_ratio, episodes: [-n_agents, -local_ratio])
     random_mpe.main(random_mpe.Args(tmp_path / "new" / "random.json"))
@@ -152,7 +203,8 @@ def test_sampled_returns_of_a_run_in_windows(tmp_path, capsys):
             writer.add_scalar("charts/episodic_return", value, step)
         writer.close()
     evaluations = [{"step": step, "returns": [-1.0, step / 1000]} for step in (2000, 4000, 4400)]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    lines = "".join(json.dumps(line) + "\n" for line in evaluations)
+    (tmp_path / "eval.jsonl").write_text(lines + '{"step": 5200, "ret')  # it was cut off
     out = tmp_path / "out.jsonl"
     sampled_mpe.main(sampled_mpe.Args(tmp_path, out, total_timesteps=4000, window=2000))
     record = json.loads(out.read_text())

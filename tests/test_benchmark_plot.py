@@ -305,6 +305,8 @@ def test_bad_records(tmp_path, line, capsys):
         ["t/notes.txt"],
         ["t", "--out", "x.pdf"],
         ["t", "u", "--reference", "3"],
+        ["t", "--reference", "nan", "--out", "x.png"],
+        ["t", "--title", r"$\frac$", "--out", "x.png"],
         ["t", "--metric", "episodic_return"],
         ["t", "--tasks", "z"],
         ["t", "--improvement", "x.png"],

@@ -299,6 +299,15 @@ def test_a_stretch_that_was_never_saved_does_not_count(fake):
     assert run.find_run(job, fake)[0] == "new"
 
 
+def test_a_damaged_config_is_of_no_run(fake):
+    job, _ = fake_jobs("--total-timesteps", "300")
+    start(job, fake)
+    file = fake / run.find_run(job, fake)[1] / "config.json"
+    for contents in ("[1]", json.dumps(run.read_config(file) | {"stretches": 3}), "{half"):
+        file.write_text(contents)
+        assert run.read_config(file) == {} and run.find_run(job, fake) == ("new", None)
+
+
 def test_runs_of_another_name_are_others(fake):
     plain, _ = fake_jobs("--total-timesteps", "300")
     idea, _ = fake_jobs("--total-timesteps", "300", "--options=--exp-name idea")

@@ -42,7 +42,8 @@ def checkpoint_of(path, script="a2po_mpe", **settings):
         ({"max_frames": 0}, "--max-frames 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"fps": 51}, "--fps 51: must be at most 50"),
-        ({"width": 8}, "--width 8: must be at least 32"),
+        ({"width": 8}, "--width 8: must be within 32 and 4096"),
+        ({"width": 60000}, "--width 60000: must be within 32"),
     ],
 )
 def test_watch_bad_input(options, message, tmp_path, capsys, monkeypatch):
@@ -462,3 +463,14 @@ def test_the_policies_here_fit_their_scripts(path):
     script = importlib.import_module(saved["script"])
     args = script.Args(**saved["args"])
     assert not args.resume and args.hidden_size and path.stat().st_size < 1_000_000
+
+
+def test_a_policy_does_not_replace_its_run(tmp_path, capsys):
+    """The checkpoint has what the run needs to go on."""
+    path = checkpoint_of(tmp_path / "checkpoint.pt")
+    before = path.read_bytes()
+    (tmp_path / "link.pt").symlink_to(path)
+    for out in (path, tmp_path / "link.pt"):
+        with pytest.raises(SystemExit) as end:
+            policy.main(policy.Args(path, out))
+        assert end.value.code == 2 and "is the checkpoint itself" in only_line(capsys) and path.read_bytes() == before
