@@ -267,7 +267,7 @@ def test_options_of_one_name_are_the_same():
 
 
 def test_every_test_file_is_found_by_name():
-    """By layer: equations, environments, training, the run, command line, diffs, README, benchmark."""
-    layers = r"test_(equations|cli|diffs|readme|run|(env|train|benchmark)_\w+)\.py"
+    """By layer: equations, environments, training, the run, command line, twins, README, benchmark."""
+    layers = r"test_(equations|cli|twins|readme|run|(env|train|benchmark)_\w+)\.py"
     layers += r"|(reference|helpers|elsewhere|own|conftest)\.py"
     assert not [path.name for path in Path(__file__).parent.glob("*.py") if not re.fullmatch(layers, path.name)]
