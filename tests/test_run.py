@@ -340,21 +340,29 @@ def test_nohup_holds(train, monkeypatch):
     assert run.status == 0 and run.checkpoint["progress"]["global_step"] >= 30
 
 
-def test_nobody_reads_any_more(train, monkeypatch):
-    """In `... 2>&1 | tee log` Ctrl-C ends tee first: the run saves all the same, with the status of the signal."""
+@pytest.mark.parametrize("first", [True, False])
+def test_nobody_reads_any_more(train, monkeypatch, first):
+    """In `... 2>&1 | tee log` Ctrl-C ends tee, before or after the run tells that it stops: it saves all the same, with
+    the status of the signal."""
     kept, (reader, writer) = os.dup(2), os.pipe()
 
     class Piped(Skirmish):
         def step(self, actions):
-            if len(self.record) == self.signal_at:
+            number = len(self.record)
+            if first and number == self.signal_at:
                 os.close(reader)
-            return super().step(actions)
+            seen = super().step(actions)
+            if not first and number == self.signal_at:
+                os.close(reader)
+            return seen
+
+    def game(num_envs):
+        return Piped(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=signal.SIGINT)
 
     os.dup2(writer, 2)
     os.close(writer)
     monkeypatch.setattr(sys, "stderr", open(2, "w", buffering=1, closefd=False))
     try:
-        game = lambda num_envs: Piped(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=signal.SIGINT)  # noqa: E731
         run = train(game=game, total_timesteps=60)
         sys.stderr.flush()
     finally:
