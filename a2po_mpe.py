@@ -1434,6 +1434,8 @@ def check_args(args: Args):
         if name == "seed":
             if not 0 <= value <= 2147483:
                 usage_error(option, value, "must be within 0 and 2147483")
+        elif name == "torch_threads" and not 1 <= value <= 1024:
+            usage_error(option, value, "must be within 1 and 1024")
         elif type(value) is int and value < 1:
             limit = ", and at most the number of agents" if name == "agent_blocks" else ""
             usage_error(option, value, "must be at least 1" + limit)

@@ -35,6 +35,7 @@ ANYWHERE = [
     *[f"--{name} -3" for name in "num-envs num-workers agent-blocks".split()],
     *[f"--{name} {x}" for name in "learning-rate worker-timeout".split() for x in ("-0.1", "nan", "inf")],
     "--worker-timeout 1000001.0",
+    "--torch-threads 1025",
     *[f"--{name} {x}" for name in "clip-coef ent-coef max-grad-norm huber-delta".split() for x in ("-1.0", "nan")],
     *[f"--{name} {x}" for name in "gamma gae-lambda clip-adaptation".split() for x in ("1.5", "-0.5", "nan")],
     "--seed -1",
