@@ -829,9 +829,10 @@ class Run:
         except OSError:
             file.write_bytes(before)
             raise
-        print(f"{self.folder}, from step {step:,}" if step else self.folder)
         cells = [f"  {name:<18} {value!s:<16}" for name, value in settings.items() if value not in ("", None)]
-        print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)))
+        with telling(1):
+            print(f"{self.folder}, from step {step:,}" if step else self.folder)
+            print("\n".join("".join(cells[i : i + 3]).rstrip() for i in range(0, len(cells), 3)), flush=True)
         return config
 
     def __exit__(self, kind, error, trace):
@@ -860,8 +861,8 @@ class Run:
             sys.exit(128 + self.stop_signal)
 
     def ask_to_stop(self, number, frame):
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.stop_signal = number  # a terminal that closes may send SIGHUP twice
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         text = "\nstopping: saves at the end of this iteration or evaluation; a second signal ends it at once\n"
         with telling():
             os.write(2, text.encode())  # print must not interrupt itself
@@ -971,12 +972,13 @@ def writing(option: str, path):
 
 
 @contextlib.contextmanager
-def telling():
-    """What is told on stderr. Where that fails, as after Ctrl-C in `... 2>&1 | tee log`, the run goes on in silence."""
+def telling(stream: int = 2):
+    """What is told, on stderr (2) or stdout (1): where that fails, as after Ctrl-C in `... 2>&1 | tee log`, the run
+    goes on, and tells nothing there any more."""
     try:
         yield
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def replace_file(path: Path, contents):
@@ -1147,8 +1149,9 @@ def check_args(args: Args):
             usage_error(option, value, "must be a number of at least 0")
     if not re.fullmatch(r"[\w.=+-]+", args.exp_name) or "__" in args.exp_name:
         usage_error("--exp-name", args.exp_name, "must be of letters, digits and . = + - _, without __")
-    if getattr(args, "compile", False) and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        usage_error("--compile", args.compile, "needs a C++ compiler, g++ or clang++, or that which CXX names")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if getattr(args, "compile", False) and not shutil.which(compiler):
+        usage_error("--compile", args.compile, f"needs a C++ compiler, {compiler}; the variable CXX may name another")
     if args.track and not args.eval_only:
         if importlib.util.find_spec("wandb") is None:
             usage_error("--track", args.track, "needs Weights & Biases: pip install wandb==0.31.0")

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,24 +36,35 @@ def first_part(box: str) -> str:
     return " ".join(words).removeprefix("Error ").rstrip(".")
 
 
+def part_of(file: Path) -> Path | None:
+    """Where the new contents of a file are written first; nowhere for what is no file, such as /dev/stdout."""
+    if (file.exists() and not file.is_file()) or file.absolute().parts[1:2] in (("dev",), ("proc",)):
+        return None
+    file = file.resolve()
+    return file.with_name(file.name + ".part")
+
+
 def check_writable(file: Path):
     """An OSError where a file cannot be written, before there is something to write. It is left as it was."""
-    new = not os.path.lexists(file)
-    file.open("ab").close()
-    if new:
-        file.unlink()
+    part = part_of(file)
+    for path in [file] if part is None else [file.resolve(), part]:
+        new = not os.path.lexists(path)
+        path.open("ab").close()
+        if new:
+            path.unlink()
 
 
 def write(file: Path, contents: bytes | str):
-    """All or nothing: a disk that is full leaves the file as it was. No file, such as /dev/stdout: straight to it."""
-    contents, file = contents.encode() if isinstance(contents, str) else contents, file.resolve()
-    if file.exists() and not file.is_file():
+    """All or nothing: a disk that is full leaves the file as it was."""
+    contents, part = contents.encode() if isinstance(contents, str) else contents, part_of(file)
+    if part is None:
         file.write_bytes(contents)
         return
-    part = file.with_name(file.name + ".part")
     try:
         part.write_bytes(contents)
-        os.replace(part, file)
-    except OSError:
+        if file.exists():
+            shutil.copymode(file, part)
+        os.replace(part, file.resolve())
+    except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -693,7 +693,7 @@ def save(figure, files, title: str):
         try:
             figure.savefig(picture, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
         except ValueError as error:  # of mathematics in the titles
-            usage_error(file, f"cannot be drawn: {str(error).strip().splitlines()[0]}")
+            usage_error(file, f"cannot be drawn: {str(error).strip().splitlines()[-1]}")
         with writing(file):
             write(file, picture.getvalue())
         print(f"wrote {file}", file=sys.stderr)

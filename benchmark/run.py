@@ -33,7 +33,6 @@ import functools
 import importlib.util
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -166,6 +165,10 @@ class Args:
     """GPUs of each run, such as 0.25; with 0 the runs see none"""
     address: str = ""
     """address of a running Ray cluster, or auto; without it the runs stay on this machine"""
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def usage_error(what, why: str):
@@ -349,7 +352,11 @@ def read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) and isinstance(config.get("stretches", []), list) else {}
+    try:
+        whole = all(type(s["step"]) is int and type(s["changed"]) is dict for s in config.get("stretches", []))
+    except (AttributeError, KeyError, TypeError):
+        return {}
+    return config if whole else {}
 
 
 def count_orders(run_dir: Path) -> dict[str, list[list[int]]]:
@@ -390,25 +397,27 @@ def variant(config: dict) -> str:
     return name if c in (0.5, 1) else f"{name} clip_adaptation={c}"
 
 
-def saved_step(run_dir: Path) -> float:
-    """The step of a run's checkpoint; infinite where that cannot be read."""
+def as_saved(run_dir: Path) -> dict:
+    """The settings of a run, without the stretches that were never saved, such as after a mistyped --resume."""
     import torch
 
-    try:
-        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["progress"]["global_step"]
-    except Exception:
-        return math.inf
+    config = read_config(run_dir / "config.json")
+    if resumed_with(config):
+        with contextlib.suppress(Exception):  # where the checkpoint cannot be read they all count
+            saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+            step, settings = saved["progress"]["global_step"], saved["args"]
+            config["stretches"] = [
+                stretch
+                for stretch in config["stretches"]
+                if stretch["step"] < step or all(settings.get(k) == v for k, v in stretch["changed"].items())
+            ]
+    return config
 
 
 def belongs(run_dir: Path, job: Job) -> bool:
     """Whether the settings of a run are those of a job, and its name is, from its first step to its last."""
-    config = read_config(run_dir / "config.json")
-    if config.get("script") != job.script.stem:
-        return False
-    if resumed_with(config):  # but what it was last resumed with may never have been saved
-        saved = saved_step(run_dir)
-        config["stretches"] = [stretch for stretch in config["stretches"] if stretch["step"] < saved]
-    if resumed_with(config):
+    config = as_saved(run_dir)
+    if config.get("script") != job.script.stem or resumed_with(config):
         return False
     module, name = load(job.script), job.script.stem
     wanted = vars(module.complete_args(settings(job)))
@@ -469,7 +478,7 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
             print(f"not finished ({state}): {job.name}")
             missing += 1
             continue
-        config = read_config(base / run_dir / "config.json")
+        config = as_saved(base / run_dir)
         task, name, *_ = run_dir.name.split("__")
         folder = target / task.replace("|", "_")  # | is not allowed in names on Windows
         _, space, setting = job.variant.partition(" ")  # such as gae_lambda=0.9, which is no ablation
@@ -485,8 +494,8 @@ def collect(jobs: list[Job], base: Path, target: Path) -> int:
             usage_error(f"--collect {target}", f"{folder / stem}.jsonl {why}")
         with writing(f"--collect {target}"):
             folder.mkdir(parents=True, exist_ok=True)
-            for source, ending in (("config.json", ".config.json"), ("eval.jsonl", ".jsonl")):
-                write(folder / f"{stem}{ending}", (base / run_dir / source).read_bytes())
+            write(folder / f"{stem}.config.json", json.dumps(config, indent=2) + "\n")
+            write(folder / f"{stem}.jsonl", (base / run_dir / "eval.jsonl").read_bytes())
             if counts := count_orders(base / run_dir):
                 write(folder / f"{stem}.orders.json", json.dumps(counts).encode() + b"\n")
         print(f"{run_dir} -> {folder / stem}.jsonl")
@@ -637,12 +646,12 @@ def start_ray(args: Args, cpus: int):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), 10).close()
         except (OSError, ValueError, OverflowError) as error:
-            usage_error(f"--address {args.address}", f"no Ray cluster there, {str(error).splitlines()[0]}")
+            usage_error(f"--address {args.address}", f"no Ray cluster there, {first_line(error)}")
         try:
             with silence():  # a line a second
                 ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = f"{str(error).splitlines()[0]} (if it asks for a token, it must be in {token})"
+            reason = f"{first_line(error)} (if it asks for a token, it must be in {token})"
             usage_error(f"--address {args.address}", f"this cluster cannot be joined, {reason}")
     else:
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
@@ -650,7 +659,7 @@ def start_ray(args: Args, cpus: int):
         try:
             ray.init(address="local", **own, object_store_memory=100 * 2**20, **quiet)
         except Exception as error:  # of many kinds, such as that of a machine too busy to start it in time
-            sys.exit(f"run.py: Ray did not start: {str(error).splitlines()[0]}")
+            sys.exit(f"run.py: Ray did not start: {first_line(error)}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= args.gpus_per_job for n in nodes):
         ray.shutdown()
@@ -663,12 +672,20 @@ LOSSES = 3  # of machines by one job, after which it has failed
 
 def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Path) -> int:
     """Run the jobs that are not done; the program's exit status. A job whose machine is lost goes on on another."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Ray's processes keep that: they outlive the terminal
     ray = start_ray(args, cpus)
+    signal.signal(signal.SIGHUP, before)
     no_machine = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError)
     stops = []
+
+    def stop(number, _):
+        stops.append(number)
+        if number == signal.SIGHUP:  # a terminal that closes may send it twice
+            signal.signal(number, signal.SIG_IGN)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda number, _: stops.append(number))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, stop)
     task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=args.gpus_per_job)(run_process)
     begin, waiting, lost, losses = time.time(), {}, [], collections.Counter()
     begun = {}  # job's name: share that was done before this call
@@ -696,7 +713,7 @@ def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Pa
                 view.event(f"lost its machine, {losses[job]} of at most {LOSSES} times: {job.name}")
                 continue
             except ray.exceptions.RayError as error:
-                status = str(error).splitlines()[0]
+                status = first_line(error)
             if status == 0:
                 view.event(f"finished: {job.name}")
             elif stops and status in (128 + signal.SIGTERM, -signal.SIGTERM):

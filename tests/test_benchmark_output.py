@@ -157,6 +157,31 @@ def test_what_is_written_is_whole_or_as_it_was(tmp_path):
     os.close(reader)
 
 
+def test_what_is_written_to_stdout(tmp_path):
+    """To a pipe or a file, behind what was printed; nothing else comes to be there."""
+    code = "import pathlib; from benchmark import cli; out = pathlib.Path('/dev/stdout'); print(1, flush=True); "
+    code += "cli.check_writable(out); cli.write(out, 'told'); print(2)"
+    root = Path(__file__).resolve().parents[1]
+    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout
+    assert told == b"1\ntold2\n"
+
+
+def test_a_check_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    """Also what a link names that is not there; a folder in which no file can be made is told."""
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    before = sorted(tmp_path.iterdir())
+    cli.check_writable(tmp_path / "link")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "there").write_text("old")
+    with pytest.raises(OSError):
+        (tmp_path / "there.part").mkdir()
+        cli.check_writable(tmp_path / "there")
+    os.chmod(tmp_path / "there", 0o640)
+    (tmp_path / "there.part").rmdir()
+    cli.write(tmp_path / "there", "new")
+    assert (tmp_path / "there").stat().st_mode & 0o777 == 0o640
+
+
 WRITING = {  # program: what it is called with, and what takes its work's place
     random_mpe: (["OUT"], {"random_returns": lambda *_: [1.0, 2.0]}),
     upside_down: (["x.pt", "--out", "OUT"], {"measure": lambda _: {}}),

@@ -273,6 +273,7 @@ def test_checkpoints_from_before_the_agents_numbers(files, monkeypatch, capsys):
 def test_compiling_needs_a_compiler(monkeypatch, tmp_path, capsys):
     """Told before the run begins, and not by PyTorch in the middle of its first step."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     for name in ("a2po_smac", "mappo_mpe"):
         (line,) = left_with(load(name), ["--compile"], capsys)
         assert "--compile True: needs a C++ compiler" in line

@@ -324,15 +324,14 @@ def test_the_first_signal_says_what_will_happen(train, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals(train, number):
-    """That of `kill`, and what a terminal sends that is closed."""
+    """That of `kill`, and what a terminal sends that is closed, once or twice."""
     game = lambda num_envs: Skirmish(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=number)  # noqa: E731
     run = train(game=game, total_timesteps=60)
     assert run.status == 128 + number and run.checkpoint["progress"]["iteration"] == 2 and run.handlers_are_back
 
 
-def test_nohup_holds(train, monkeypatch):
+def test_nohup_holds(train):
     """It has SIGHUP ignored, which the run leaves so."""
-    monkeypatch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # what the game expects after the signal
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     game = lambda num_envs: Skirmish(num_envs, signal_at=3, signal_number=signal.SIGHUP)  # noqa: E731
     run = train(game=game)
@@ -367,6 +366,7 @@ def test_nobody_reads_any_more(train, monkeypatch, first):
         sys.stderr.flush()
     finally:
         os.dup2(kept, 2)
+        os.close(kept)
     assert run.status == 128 + signal.SIGINT and run.checkpoint["progress"]["iteration"] == 2
 
 
