@@ -1490,8 +1490,8 @@ class Run:
             self.envs.reset()
             rows = [f"|{name}|{value}|" for name, value in config.items() if name != "stretches"]
             self.writer.add_text("settings", "\n".join(["|setting|value|", "|-|-|", *rows]))
-        ends = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in ends}  # nohup has SIGHUP ignored
+        hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # nohup has it ignored
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM, *hangup)}
         self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step", unit_scale=True)
         self.begin = time.perf_counter() - self.progress["seconds"]
         return self

@@ -270,12 +270,12 @@ WRONG = [
     ("--eval-only --checkpoint corrupt.pt", "--checkpoint corrupt.pt"),
     ("--eval-only --checkpoint smac.pt", "--checkpoint smac.pt"),
     ("--eval-only --checkpoint old.pt", "--checkpoint old.pt"),
-    ("--eval-only --checkpoint good.pt --n-agents 5", "--checkpoint good.pt"),
-    ("--eval-only --checkpoint good.pt --hidden-size 16", "--checkpoint good.pt"),
+    ("--eval-only --checkpoint good.pt --n-agents 5", "--n-agents 5: good.pt is of 3"),
+    ("--eval-only --checkpoint good.pt --hidden-size 16", "--hidden-size 16: good.pt is of 8"),
     ("--resume nowhere", "--resume nowhere"),
-    ("--resume run --num-envs 3", "--resume run"),
-    ("--resume run --local-ratio 0", "--resume run"),
-    ("--resume fast --simulator mpe2", "--resume fast"),
+    ("--resume run --num-envs 3", "--num-envs 3: run/checkpoint.pt is of"),
+    ("--resume run --local-ratio 0", "--local-ratio 0.0: run/checkpoint.pt is of"),
+    ("--resume fast --simulator mpe2", "--simulator mpe2: fast/checkpoint.pt is of"),
 ]
 
 

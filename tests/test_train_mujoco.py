@@ -646,11 +646,14 @@ WRONG = [
     ("--env-version v2", "--env-version v2"),
     ("--scenario HumanoidStandup --env-version v3", "--env-version v3"),
     ("--agent-blocks 5", "--agent-blocks 5"),
-    ("--eval-only --checkpoint good.pt --partition 2x4 --agent-blocks 2", "--checkpoint good.pt"),
-    ("--eval-only --checkpoint good.pt --scenario HalfCheetah --partition 2x3", "--checkpoint good.pt"),
-    ("--eval-only --checkpoint good.pt --hidden-size 16", "--checkpoint good.pt"),
-    ("--resume run --env-version v4", "--resume run"),
-    ("--resume run --hidden-size 16", "--resume run"),
+    ("--eval-only --checkpoint good.pt --partition 2x4", "--partition 2x4: good.pt is of 4x2"),
+    (
+        "--eval-only --checkpoint good.pt --scenario HalfCheetah --partition 2x3",
+        "--scenario HalfCheetah: good.pt is of Ant",
+    ),
+    ("--eval-only --checkpoint good.pt --hidden-size 16", "--hidden-size 16: good.pt is of 8"),
+    ("--resume run --env-version v4", "--env-version v4: run/checkpoint.pt is of v5"),
+    ("--resume run --hidden-size 16", "--hidden-size 16: run/checkpoint.pt is of 8"),
 ]
 
 
