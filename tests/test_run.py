@@ -325,8 +325,10 @@ def test_the_first_signal_says_what_will_happen(train, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals(train, number):
     """That of `kill`, and what a terminal sends that is closed, once or twice."""
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     game = lambda num_envs: Skirmish(num_envs, signal_at=SMALL["num_steps"] + 3, signal_number=number)  # noqa: E731
     run = train(game=game, total_timesteps=60)
+    signal.signal(number, before)
     assert run.status == 128 + number and run.checkpoint["progress"]["iteration"] == 2 and run.handlers_are_back
 
 
