@@ -696,7 +696,7 @@ class Run:
     """A run and what it leaves behind: folder, settings, events, evaluations, checkpoints.
 
     It is over after total_timesteps, at the end of the iteration in which Ctrl-C, SIGTERM or SIGHUP comes, or when its
-    games fail, and saves what was learned. A second signal ends it at once.
+    games fail, and saves what was learned. A second signal ends it at once, but SIGHUP, which terminals may send twice.
     """
 
     def __init__(self, args: Args, envs: Episodes, device, learned: dict, hidden: dict[str, torch.Tensor]):
@@ -824,7 +824,7 @@ class Run:
             sys.exit(128 + self.stop_signal)
 
     def ask_to_stop(self, number, frame):
-        self.stop_signal = number  # a terminal that closes may send SIGHUP twice
+        self.stop_signal = number
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         text = "\nstopping: saves at the end of this iteration or evaluation; a second signal ends it at once\n"
         with telling():
