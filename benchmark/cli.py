@@ -37,8 +37,8 @@ def first_part(box: str) -> str:
 
 
 def part_of(file: Path) -> Path | None:
-    """Where the new contents of a file are written first; nowhere for what is no file, such as /dev/stdout."""
-    if (file.exists() and not file.is_file()) or file.absolute().parts[1:2] in (("dev",), ("proc",)):
+    """Where the new contents of a file are written first; nowhere for what is no file, such as a pipe or terminal."""
+    if file.exists() and not file.is_file():
         return None
     file = file.resolve()
     return file.with_name(file.name + ".part")

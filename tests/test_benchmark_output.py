@@ -158,7 +158,7 @@ def test_what_is_written_is_whole_or_as_it_was(tmp_path):
 
 
 def test_what_is_written_to_stdout(tmp_path):
-    """To a pipe or a file, behind what was printed; nothing else comes to be there."""
+    """To a pipe, behind what was printed."""
     code = "import pathlib; from benchmark import cli; out = pathlib.Path('/dev/stdout'); print(1, flush=True); "
     code += "cli.check_writable(out); cli.write(out, 'told'); print(2)"
     root = Path(__file__).resolve().parents[1]
