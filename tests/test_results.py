@@ -1,0 +1,663 @@
+"""What benchmark/README.md says of runs is what their committed files say: its tables, and differences in sentences.
+
+Everything is computed from the lines of the files with NumPy, not by plot.py.
+"""
+
+import functools
+import json
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+RESULTS = ROOT / "benchmark/results"
+LINES = (ROOT / "benchmark/README.md").read_text().splitlines()
+TEXT = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(" ".join(LINES).split())).replace("**", "")
+ALGORITHMS = {"MAPPO": "mappo", "CoPPO": "coppo", "HAPPO": "happo", "A2PO": "a2po"}
+THREE, SIX = (1, 2, 3), (1, 2, 3, 4, 5, 6)
+
+
+# ------------------------------------------------------------------------------------------------- numbers of a run
+@functools.cache
+def curve(run: str, seed: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of the evaluations. `run` is folder/script; A+B are the files of A, and of B where A has none."""
+    files = [RESULTS / f"{one}__{seed}.jsonl" for one in run.split("+")]
+    file = next((file for file in files if file.exists()), files[0])
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    values = [np.mean(record["won" if metric == "win rate" else "returns"]) for record in records]
+    return np.array([record["step"] for record in records]), np.array(values)
+
+
+class Measure(NamedTuple):
+    """A number of a run's evaluations up to a step."""
+
+    what: str
+    until: float = math.inf
+    metric: str = "return"
+    scale: float = 1
+
+    def __call__(self, run: str, seed: int) -> float:
+        steps, values = curve(run, seed, self.metric)
+        values = self.scale * values[steps <= self.until]
+        if self.what == "area":
+            return values.mean()
+        return {"score": np.median(values[-10:]), "first": values[0], "last": values[-1]}[self.what]
+
+
+class Reaches(NamedTuple):
+    """The step of the first evaluation of this value or more."""
+
+    value: float
+    metric: str = "return"
+
+    def __call__(self, run: str, seed: int) -> float:
+        steps, values = curve(run, seed, self.metric)
+        return steps[np.argmax(values >= self.value)] if (values >= self.value).any() else math.inf
+
+
+class Elsewhere(NamedTuple):
+    """A measure of the run of the same name in another folder."""
+
+    measure: Measure
+    old: str
+    new: str
+
+    def __call__(self, run: str, seed: int) -> float:
+        return self.measure(run.replace(self.old, self.new), seed)
+
+
+def percent(what: str, until: float = math.inf) -> Measure:
+    return Measure(what, until, "win rate", 100)
+
+
+AREA, SCORE, FIRST, LAST = map(Measure, ("area", "score", "first", "last"))
+TO_2M, TO_1M, TO_500K = (Measure("area", until) for until in (2.02e6, 1.02e6, 5.03e5))
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+def shows(text: str, value: float) -> bool:
+    """Whether this number, such as 0.5, 301k, 1.3M or never, is the rounded value."""
+    if text in ("never", "not yet"):
+        return math.isinf(value)
+    digits, unit = re.fullmatch(r"(-?[\d.]+)([kM]?)", text).groups()
+    unit = {"": 1, "k": 1e3, "M": 1e6}[unit]
+    half = 0.5 * unit / 10 ** len(digits.partition(".")[2])
+    return abs(float(digits) * unit - value) <= half + 1e-9
+
+
+def difference(text: str, x, y, seeds) -> list[str]:
+    """What is wrong with the first `5 (3 to 7, p = 0.1), 2 of 3` in a text, where x and y are functions of a seed: the
+    mean of x - y or its size, a bootstrap interval of 95%, the p of a t test, how often x is above y."""
+    pairs, wrong = np.array([x(seed) - y(seed) for seed in seeds]), []
+    mean, low, high = re.search(r"(-?[\d.]*\d)[^()]*? \([^()]*?(-?[\d.]*\d) to (-?[\d.]*\d)", text).groups()
+    if not shows(mean, pairs.mean()) and not shows(mean, -pairs.mean()):
+        wrong.append(f"mean {pairs.mean():.4f}")
+    means = np.random.default_rng(1).choice(pairs, (20_000, len(pairs))).mean(1)
+    ends = np.percentile(means, (2.5, 97.5))
+    for shown, end in zip((low, high), ends, strict=True):
+        # plot.py draws 2,000 times, so that its ends may be others by some of the width.
+        if abs(float(shown) - end) > 0.06 * np.ptp(ends) + 0.5 / 10 ** len(shown.partition(".")[2]):
+            wrong.append(f"interval {ends[0]:.4f} to {ends[1]:.4f}")
+    words = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+    ahead = re.search(rf"\b({'|'.join(words)}|\d+)(?: seeds?)? of (six|three|\d+)\b", text)
+    if ahead:
+        count, of = (words.get(word) or int(word) for word in ahead.groups())
+        if (count, of) != ((pairs > 0).sum(), len(pairs)):
+            wrong.append(f"ahead with {(pairs > 0).sum()} of {len(pairs)}")
+    p = re.search(r"p = ([\d.]*\d)", text)
+    if p:
+        stats = pytest.importorskip("scipy.stats")
+        if not shows(p[1], stats.ttest_1samp(pairs, 0).pvalue):
+            wrong.append(f"p = {stats.ttest_1samp(pairs, 0).pvalue:.4f}")
+    return wrong
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+class Table(NamedTuple):
+    before: str
+    """how the line begins that it is the next table after"""
+    rows: list[tuple[str, str | None]]
+    """for each how its label begins, and folder/script; None where there is nothing to check"""
+    columns: dict[str, object]
+    """how the heads begin -> a measure, by seed; "mean", of the column before; or a Difference"""
+
+
+class Difference(NamedTuple):
+    """X - Y, measures of the row's run, paired by seed."""
+
+    x: Measure
+    y: Measure
+
+
+def rows(folder: str, script: str, **labels: str | None) -> list[tuple[str, str | None]]:
+    """The four algorithms', or those that are named: A2PO_without="a2po_smac-no-preopc" begins with "A2PO without"."""
+    labels = labels or {label: f"{name}_{script}" for label, name in ALGORITHMS.items()}
+    return [(label.replace("_", " "), name and f"{folder}/{name}") for label, name in labels.items()]
+
+
+def launch(before: str, game: str) -> Table:
+    """The settings of the authors' launch scripts on MPE."""
+    once, twice = f"figure10-critic-once/{game}/a2po_mpe", f"figure10-authors/{game}/a2po_mpe"
+    runs = rows(f"figure10-authors/{game}", "mpe")[:3] + [("A2PO, one", once), ("A2PO, two", twice)]
+    over = Difference(lambda run, seed: TO_500K(twice, seed), TO_500K)
+    columns = {"area": TO_500K, "mean": "mean", "score": Measure("score", 5.03e5)}
+    return Table(before, runs, columns | {"over it": over, "A2PO over it": over})
+
+
+RETURNS = {"area": AREA, "mean": "mean", "score": SCORE, "last evaluation": LAST}
+WINS = {"area": percent("area"), "mean": "mean", "score": percent("score"), "last evaluation": percent("last")}
+AREA_OF_RETURNS = {"area": AREA, "mean": "mean", "win rate": percent("score"), "score": percent("score")}
+HUMANOID = RETURNS | {"first return of 4,000": Reaches(4000)}
+TO_1M_AND_2M = {"area,": AREA, "area to 1M": TO_1M, "mean": "mean", "score": SCORE, "last evaluation": LAST}
+FORMER = {"first evaluation": FIRST, "last evaluation": LAST, "score": SCORE}
+ORDERS = {"cyclic": "cyclic", "random": "random", "greedy": "greedy", "reverse greedy": "reverse-greedy"}
+ORDERS |= {"reverse semi-greedy": "reverse-semi-greedy"}
+TO_3M = {name: Elsewhere(m, "6x1/", "6x1-3M/") for name, m in {"area to 3M": AREA, "last evaluation": LAST}.items()}
+TABLES = [
+    Table(
+        "**3s5z**, default",
+        rows("table2/3s5z-smax", "smac"),
+        WINS | {"first evaluation of 0.9": Reaches(0.9, "win rate")},
+    ),
+    Table("**3s5z_vs_3s6z**, nine", rows("table2/3s5z_vs_3s6z-smax", "smac"), WINS),
+    Table("**HalfCheetah 2x3**, 2.0M", rows("figure3/HalfCheetah-2x3", "mamujoco"), RETURNS),
+    Table("**HalfCheetah 2x3 at", rows("figure3/HalfCheetah-2x3-10M", "mamujoco"), RETURNS),
+    Table(
+        "**Walker2d 2x3**, the same",
+        rows("figure3/Walker2d-2x3", "mamujoco")
+        + [("A2PO, two", "figure3/Walker2d-2x3-3M/a2po_mamujoco-critic-twice")],
+        {"area": TO_2M, "mean": "mean", "score": Measure("score", 2.02e6)},
+    ),
+    Table(
+        "**To 3M steps**",
+        rows("figure3/Walker2d-2x3-3M", "mamujoco")
+        + [("A2PO, two", "figure3/Walker2d-2x3-3M/a2po_mamujoco-critic-twice")],
+        RETURNS,
+    ),
+    Table("**Ant 4x2**, four", rows("figure3/Ant-4x2", "mamujoco"), RETURNS),
+    Table(
+        "**Humanoid 9|8**, two agents with 9 and 8 joints, 2.0M steps, six",
+        rows("figure3/Humanoid-9_8", "mamujoco"),
+        HUMANOID,
+    ),
+    *(
+        Table(
+            before,
+            [("mean", f"figure3/{robot}/a2po_mamujoco"), ("product", f"action-ratio/{robot}/a2po_mamujoco")],
+            RETURNS,
+        )
+        for before, robot in {"**Agent i's own": "HalfCheetah-2x3", "**On Walker2d 2x3**": "Walker2d-2x3"}.items()
+    ),
+    Table(
+        "On Ant 4x2 and Humanoid 9|8",
+        [
+            ("Ant 4x2 mean", "figure3/Ant-4x2/a2po_mamujoco"),
+            ("Ant 4x2 product", "action-ratio/Ant-4x2/a2po_mamujoco"),
+            ("Humanoid 9|8 mean", "figure3/Humanoid-9_8/a2po_mamujoco"),
+            ("Humanoid 9|8 product", "action-ratio/Humanoid-9_8/a2po_mamujoco"),
+        ],
+        RETURNS,
+    ),
+    Table(
+        "**40 environments of 100",
+        [
+            ("HalfCheetah 2x3 MAPPO", "figure3/HalfCheetah-2x3/mappo_mamujoco"),
+            ("HalfCheetah 2x3 A2PO", "figure3/HalfCheetah-2x3/a2po_mamujoco"),
+            ("Walker2d 2x3 MAPPO", "figure3/Walker2d-2x3/mappo_mamujoco"),
+            ("Walker2d 2x3 A2PO", "figure3/Walker2d-2x3/a2po_mamujoco"),
+        ],
+        {
+            "16 x 250": TO_2M,
+            "40 x 100": Elsewhere(AREA, "figure3", "rollout-40x100"),
+            "difference": Difference(Elsewhere(AREA, "figure3", "rollout-40x100"), TO_2M),
+        },
+    ),
+    Table(
+        "**A2PO with the former ratio",
+        [
+            ("HalfCheetah 2x3", "figure3-former-ratio/HalfCheetah-2x3/a2po_mamujoco"),
+            ("Ant 4x2", "figure3-former-ratio/Ant-4x2/a2po_mamujoco"),
+            ("Hopper 3x1", "figure3-former-ratio/Hopper-3x1/a2po_mamujoco"),
+            ("Humanoid 17x1", "figure3-former-ratio/Humanoid-17x1/a2po_mamujoco"),
+            ("Humanoid 9|8", "figure3-former-ratio/Humanoid-9_8/a2po_mamujoco"),
+        ],
+        FORMER,
+    ),
+    Table(
+        "Football. Greedy win rate",
+        [
+            (drill, f"figure4/{drill}/a2po_grf")
+            for drill in ("academy_empty_goal_close", "academy_run_to_score", "academy_pass_and_shoot_with_keeper")
+        ],
+        {name: measure._replace(metric="win rate") for name, measure in FORMER.items()},
+    ),
+    Table(
+        "**The third drill with all",
+        rows("figure4/academy_pass_and_shoot_with_keeper", "grf"),
+        {"area": percent("area", 4.1e5), "score": percent("score"), "last evaluation": percent("last")},
+    ),
+    Table(
+        "**academy_3_vs_1_with_keeper**",
+        rows("figure4/academy_3_vs_1_with_keeper", "", MAPPO="mappo_grf", A2PO="a2po_grf"),
+        WINS,
+    ),
+    Table(
+        "PreOPC, order of the agents",
+        rows(
+            "figure5-7/3s5z-smax",
+            "",
+            A2PO="a2po_smac",
+            without_PreOPC="a2po_smac-no-preopc",
+            without_the_adaptive_clip="a2po_smac-fixed-clip",
+        )
+        + [(f"{label} order", f"figure5-7/3s5z-smax/a2po_smac-{name}") for label, name in ORDERS.items()],
+        {"seeds 1, 2, 3": percent("score"), "mean": "mean", "first evaluation of 90": Reaches(0.9, "win rate")},
+    ),
+    Table(
+        "**Figure 5**",
+        rows(
+            "figure5/3s5z-smax",
+            "",
+            CoPPO="coppo_smac-vtrace",
+            MAPPO="mappo_smac-vtrace",
+            HAPPO="happo_smac-preopc",
+            RPISA="rpisa_smac",
+        ),
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "V-trace, PreOPC and RPISA-PPO where",
+        [
+            (label, f"figure13/HalfCheetah-6x1/{name}+figure13/HalfCheetah-6x1-3M/{name}")
+            for label, name in {
+                "MAPPO": "mappo_mamujoco",
+                "MAPPO with": "mappo_mamujoco-vtrace",
+                "HAPPO": "happo_mamujoco",
+                "HAPPO with": "happo_mamujoco-preopc",
+                "RPISA": "rpisa_mamujoco",
+                "A2PO": "a2po_mamujoco",
+                "A2PO without": "a2po_mamujoco-no-preopc",
+            }.items()
+        ],
+        {"area to 2M": TO_2M, "mean": "mean"} | TO_3M,
+    ),
+    Table(
+        "**Humanoid 9|8**, two agents with 9 and 8 joints, 2.0M steps, three",
+        [
+            ("MAPPO", "figure3/Humanoid-9_8/mappo_mamujoco"),
+            ("MAPPO with", "figure13/Humanoid-9_8/mappo_mamujoco-vtrace"),
+            ("CoPPO", "figure3/Humanoid-9_8/coppo_mamujoco"),
+            ("HAPPO", "figure3/Humanoid-9_8/happo_mamujoco"),
+            ("HAPPO with", "figure13/Humanoid-9_8/happo_mamujoco-preopc"),
+            ("RPISA", "figure13/Humanoid-9_8/rpisa_mamujoco"),
+            ("A2PO", "figure3/Humanoid-9_8/a2po_mamujoco"),
+            ("A2PO without", "figure13/Humanoid-9_8/a2po_mamujoco-no-preopc"),
+        ],
+        HUMANOID,
+    ),
+    Table(
+        "**3 agents, cooperative**, 2.0M",
+        rows("figure10/spread-3-0-jaxmarl", "mpe")
+        + [("A2PO without", "figure10/spread-3-0-jaxmarl/a2po_mpe-no-preopc")],
+        TO_1M_AND_2M,
+    ),
+    Table("**3 agents, general-sum**", rows("figure10/spread-3-0.5-jaxmarl", "mpe"), TO_1M_AND_2M),
+    Table("**5 agents, cooperative**", rows("figure10/spread-5-0-jaxmarl", "mpe"), RETURNS),
+    launch("**The same with the settings", "spread-3-0-jaxmarl"),
+    launch("**General-sum with the settings", "spread-3-0.5-jaxmarl"),
+    Table(
+        "**Depth, cumulative blocks, length of the rollout.** A2PO",
+        rows(
+            "mpe-depth",
+            "",
+            two_layers="a2po_mpe",
+            the_same="a2po_mpe-cumulative",
+            three="a2po_mpe-deep",
+            the_same_="a2po_mpe-deep-cumulative",
+            two_and_none="a2po_mpe-rollout-26",
+        ),
+        {"area": AREA},
+    ),
+    Table(
+        "**Depth and cumulative blocks on SMAX",
+        rows(
+            "smac-depth",
+            "",
+            two_layers="a2po_smac",
+            the_same="a2po_smac-cumulative",
+            three="a2po_smac-deep",
+            the_same_="a2po_smac-deep-cumulative",
+        ),
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "number. But A2PO with more passes",
+        [
+            ("3 1, 3", "passes/epochs-3/3s5z-smax/a2po_smac"),
+            ("8 (Table 7)", None),
+            ("24 8, 24", "passes/epochs-24/3s5z-smax/a2po_smac"),
+        ],
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "**Looking for the reason: the baselines' settings",
+        rows("authors-baselines/3s5z-smax", "", A2PO=None, CoPPO="coppo_smac", MAPPO="mappo_smac", HAPPO="happo_smac"),
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "**Looking for the reason: the critic", rows("critic-twice/3s5z-smax", "", A2PO="a2po_smac"), AREA_OF_RETURNS
+    ),
+    Table(
+        "The measure is the area under",
+        [
+            ("A2PO", "figure5-7/3s5z-smax/a2po_smac"),
+            ("A2PO again", "smac-depth/a2po_smac+preopc/again/3s5z-smax/a2po_smac"),
+            ("without PreOPC", "figure5-7/3s5z-smax/a2po_smac-no-preopc"),
+            ("without PreOPC again", "preopc/again/3s5z-smax/a2po_smac-no-preopc"),
+        ],
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "**With 10 environments of 320",
+        rows("preopc/10x320/3s5z-smax", "", A2PO="a2po_smac", without="a2po_smac-no-preopc"),
+        AREA_OF_RETURNS,
+    ),
+    Table(
+        "**What rho does",
+        [
+            ("min(1, rho) replaced", "preopc/rho-mean/3s5z-smax/a2po_smac"),
+            ("min(1, rho) over", "preopc/rho-variation/3s5z-smax/a2po_smac"),
+            ("rho of another", "preopc/rho-other/3s5z-smax/a2po_smac"),
+            ("rho by a policy", "preopc/rho-held-out/3s5z-smax/a2po_smac"),
+            ("A2PO with lambda 0.98", "preopc/lambda-0.98/3s5z-smax/a2po_smac"),
+        ],
+        AREA_OF_RETURNS,
+    ),
+]
+
+
+def cells(line: str) -> list[str]:
+    """Of a row, without links and bold letters."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line.strip().replace(r"\|", "\0")).replace("**", "")
+    return [cell.strip().replace("\0", "|") for cell in text[1:-1].split("|")]
+
+
+def read_table(before: str) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows; where two columns have no head the first goes on until it is another, and both are one."""
+    (place,) = (k for k, line in enumerate(LINES) if line.startswith(before))
+    place += next(k for k, line in enumerate(LINES[place:]) if line.startswith("|"))
+    lines = [cells(line) for line in LINES[place:]][: next(k for k, line in enumerate(LINES[place:]) if not line)]
+    head, _, *rows = lines
+    if head[1] in ("", "passes, updates an iteration"):
+        head = head[1:]
+        for above, row in zip(rows, rows[1:], strict=False):
+            row[0] = row[0] or above[0]
+        rows = [[f"{row[0]} {row[1]}", *row[2:]] for row in rows]
+    return head, rows
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.before)
+def test_table(table):
+    head, found = read_table(table.before)
+    columns = [next((m for begin, m in table.columns.items() if name.startswith(begin)), None) for name in head]
+    assert len(found) == len(table.rows)
+    wrong, checked = [], set()
+    for row, (label, run) in zip(found, table.rows, strict=True):
+        assert row[0].startswith(label.strip())
+        values, seeds = [], 0
+        for name, cell, measure in zip(head, row, columns, strict=True):
+            if run is None or measure is None or not cell:
+                continue
+            checked.add(name)
+            what = f"{row[0]}, {name}: {cell}, by the files"
+            if isinstance(measure, Difference):
+                x, y = (functools.partial(one, run) for one in measure)
+                wrong += [f"{what} {error}" for error in difference(cell, x, y, range(1, seeds + 1))]
+                continue
+            shown = [number.strip() for number in re.sub(r"\(.*\)", "", cell).split(",")]
+            if measure != "mean":
+                seeds = len(shown)
+                values = [measure(run, seed) for seed in range(1, seeds + 1)]
+            numbers = [np.mean(values)] if measure == "mean" else values
+            if len(shown) != len(numbers) or not all(map(shows, shown, numbers)):
+                wrong.append(f"{what} {', '.join(f'{x:.4f}' for x in numbers)}")
+    assert checked == {name for name, measure in zip(head, columns, strict=True) if measure} != set()
+    assert not wrong, "\n".join(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+class Said(NamedTuple):
+    """Differences of runs that are paired by seed, X - Y, each followed by a bracket with its interval."""
+
+    folder: str
+    measure: Measure
+    seeds: tuple[int, ...]
+    differences: dict[str, tuple[str, str]]
+    """how what is said begins -> scripts X and Y; with a folder where it is another"""
+
+
+CRITIC_TWICE = "figure3/Walker2d-2x3-3M/a2po_mamujoco-critic-twice"
+V_TRACE, WITH, WITHOUT = "mappo_mamujoco-vtrace", "happo_mamujoco-preopc", "a2po_mamujoco-no-preopc"
+MAPPO, COPPO, HAPPO, A2PO = (f"{name}_mamujoco" for name in ALGORITHMS.values())
+MAPPO_MPE, COPPO_MPE, HAPPO_MPE, A2PO_MPE = (f"{name}_mpe" for name in ALGORITHMS.values())
+MAPPO_SMAC, COPPO_SMAC, HAPPO_SMAC, A2PO_SMAC = (f"{name}_smac" for name in ALGORITHMS.values())
+LAUNCH_3S5Z, HARD_TWICE = "authors-baselines/3s5z-smax", "critic-twice/3s5z_vs_3s6z-smax/a2po_smac"
+HUMANOID_RUNS, ONCE = "figure3/Humanoid-9_8", "figure10-critic-once"
+SENTENCES = [
+    Said(
+        "table2/3s5z_vs_3s6z-smax",
+        percent("area"),
+        THREE,
+        {
+            "15.0 (95% interval": (COPPO_SMAC, A2PO_SMAC),
+            "11.6 (5.8": (MAPPO_SMAC, A2PO_SMAC),
+            "6.7 behind HAPPO": (HAPPO_SMAC, A2PO_SMAC),
+        },
+    ),
+    Said(
+        "figure3/HalfCheetah-2x3",
+        AREA,
+        SIX,
+        {"182 below HAPPO's": (A2PO, HAPPO), "387 below CoPPO's": (A2PO, COPPO), "397 below MAPPO's": (A2PO, MAPPO)},
+    ),
+    Said(
+        "figure3/HalfCheetah-2x3-10M",
+        AREA,
+        THREE,
+        {"10 above HAPPO's": (A2PO, HAPPO), "788 below MAPPO's": (A2PO, MAPPO), "1883 below CoPPO's": (A2PO, COPPO)},
+    ),
+    Said(
+        "figure3/Walker2d-2x3",
+        TO_2M,
+        SIX,
+        {
+            "107 below MAPPO's": (A2PO, MAPPO),
+            "148 above HAPPO's": (A2PO, HAPPO),
+            "426 above CoPPO's": (A2PO, COPPO),
+            "533 above CoPPO": (MAPPO, COPPO),
+            "The second critic step is worth 124": (CRITIC_TWICE, A2PO),
+            "17 above MAPPO": (CRITIC_TWICE, MAPPO),
+            "272 above HAPPO": (CRITIC_TWICE, HAPPO),
+            "550 above CoPPO": (CRITIC_TWICE, COPPO),
+            "the difference is 52": ("action-ratio/Walker2d-2x3/a2po_mamujoco", A2PO),
+        },
+    ),
+    Said(
+        "figure3/Walker2d-2x3-3M",
+        AREA,
+        SIX,
+        {
+            "143 below MAPPO's": (A2PO, MAPPO),
+            "314 above itself": (CRITIC_TWICE, A2PO),
+            "171 above MAPPO": (CRITIC_TWICE, MAPPO),
+        },
+    ),
+    Said(
+        "figure3/Ant-4x2",
+        AREA,
+        THREE,
+        {
+            "57 above MAPPO's": (A2PO, MAPPO),
+            "103 below CoPPO's": (A2PO, COPPO),
+            "247 above HAPPO's": (A2PO, HAPPO),
+            "350 (235": (COPPO, HAPPO),
+            "160 (58": (COPPO, MAPPO),
+        },
+    ),
+    Said(
+        HUMANOID_RUNS,
+        AREA,
+        SIX,
+        {"290 above MAPPO's": (A2PO, MAPPO), "326 above MAPPO's": (COPPO, MAPPO)},
+    ),
+    Said(
+        HUMANOID_RUNS,
+        AREA,
+        THREE,
+        {
+            "57 below HAPPO's": (A2PO, HAPPO),
+            "210 below that": (A2PO, f"figure13/Humanoid-9_8/{WITHOUT}"),
+            "238 below HAPPO's": (f"figure13/Humanoid-9_8/{WITH}", HAPPO),
+            "674 above MAPPO's": (f"figure13/Humanoid-9_8/{V_TRACE}", MAPPO),
+            "327 above A2PO's": (f"figure13/Humanoid-9_8/{V_TRACE}", A2PO),
+            "181 above HAPPO with": (A2PO, f"figure13/Humanoid-9_8/{WITH}"),
+            "557 above MAPPO": (f"figure13/Humanoid-9_8/{WITHOUT}", MAPPO),
+            "1690 below A2PO": (A2PO, "figure13/Humanoid-9_8/rpisa_mamujoco"),
+        },
+    ),
+    Said(
+        "figure3/HalfCheetah-2x3",
+        AREA,
+        THREE,
+        {
+            "The difference, 442": ("action-ratio/HalfCheetah-2x3/a2po_mamujoco", A2PO),
+            "127 below it on HalfCheetah": (
+                f"rollout-40x100/HalfCheetah-2x3/{A2PO}",
+                f"rollout-40x100/HalfCheetah-2x3/{MAPPO}",
+            ),
+            "296 above MAPPO on Walker2d": (
+                f"rollout-40x100/Walker2d-2x3/{A2PO}",
+                f"rollout-40x100/Walker2d-2x3/{MAPPO}",
+            ),
+        },
+    ),
+    Said(
+        "figure13/HalfCheetah-6x1",
+        TO_2M,
+        SIX,
+        {
+            "338 below MAPPO": (A2PO, MAPPO),
+            "281 below HAPPO": (A2PO, HAPPO),
+            "329 below itself": (A2PO, WITHOUT),
+            "it is 57 below (": (HAPPO, MAPPO),
+        },
+    ),
+    Said(
+        "figure13/HalfCheetah-6x1-3M",
+        AREA,
+        THREE,
+        {
+            "three seeds have -354": (A2PO, WITHOUT),
+            "154 below HAPPO": (WITH, HAPPO),
+            "145 below MAPPO": (V_TRACE, MAPPO),
+            "by 921 to": (HAPPO, MAPPO),
+            "526 to 3M": (WITH, A2PO),
+            "by 1508 to": (A2PO, "rpisa_mamujoco"),
+        },
+    ),
+    Said(
+        "figure10/spread-3-0-jaxmarl",
+        AREA,
+        THREE,
+        {
+            "0.6 below HAPPO's": (A2PO_MPE, HAPPO_MPE),
+            "0.5 below CoPPO's": (A2PO_MPE, COPPO_MPE),
+            "0.2 below MAPPO's": (A2PO_MPE, MAPPO_MPE),
+        },
+    ),
+    Said("figure10/spread-3-0-jaxmarl", SCORE, THREE, {"its score is 0.6 above MAPPO's": (A2PO_MPE, MAPPO_MPE)}),
+    Said(
+        "figure10/spread-3-0-jaxmarl",
+        TO_1M,
+        THREE,
+        {"without PreOPC its area to 1M steps is 0.8": (f"{A2PO_MPE}-no-preopc", A2PO_MPE)},
+    ),
+    Said(
+        "figure10/spread-3-0.5-jaxmarl",
+        AREA,
+        THREE,
+        {
+            "0.44 below MAPPO's": (MAPPO_MPE, A2PO_MPE),
+            "0.8 below CoPPO's": (COPPO_MPE, A2PO_MPE),
+            "0.8 below HAPPO's": (HAPPO_MPE, A2PO_MPE),
+        },
+    ),
+    Said(
+        "figure10-authors/spread-3-0-jaxmarl",
+        TO_500K,
+        SIX,
+        {
+            "The step's own part is 1.0": (A2PO_MPE, f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe"),
+            "1.5 above MAPPO (": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", MAPPO_MPE),
+            "0.9 above CoPPO": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", COPPO_MPE),
+            "0.4 above HAPPO": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", HAPPO_MPE),
+            "0.1 lower than before": ("value-clip/spread-3-0-jaxmarl/a2po_mpe", A2PO_MPE),
+        },
+    ),
+    Said("figure10-authors/spread-3-0-jaxmarl", TO_1M, SIX, {"a difference of 2.5": (A2PO_MPE, MAPPO_MPE)}),
+    Said(
+        "figure10-authors/spread-3-0.5-jaxmarl",
+        TO_500K,
+        SIX,
+        {
+            "of MAPPO by 0.7": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", MAPPO_MPE),
+            "of CoPPO by 1.1": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", COPPO_MPE),
+            "of HAPPO by 0.4": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", HAPPO_MPE),
+        },
+    ),
+    Said(
+        "critic-twice/3s5z-smax",
+        percent("area"),
+        SIX,
+        {
+            "above MAPPO's by 16.5": (A2PO_SMAC, f"{LAUNCH_3S5Z}/mappo_smac"),
+            "CoPPO's by 9.6": (A2PO_SMAC, f"{LAUNCH_3S5Z}/coppo_smac"),
+            "HAPPO's by 18.3": (A2PO_SMAC, f"{LAUNCH_3S5Z}/happo_smac"),
+        },
+    ),
+    Said(
+        "table2/3s5z_vs_3s6z-smax",
+        percent("area", 1.02e6),
+        THREE,
+        {
+            "by 13.9 above its own": (HARD_TWICE, A2PO_SMAC),
+            "4.0 above MAPPO's": (HARD_TWICE, "authors-baselines/3s5z_vs_3s6z-smax/mappo_smac"),
+            "2.8 below CoPPO's": (HARD_TWICE, "authors-baselines/3s5z_vs_3s6z-smax/coppo_smac"),
+        },
+    ),
+    Said(
+        "preopc/10x320/3s5z-smax",
+        AREA,
+        SIX,
+        {"Paired by seed it is 0.005": (A2PO_SMAC, f"{A2PO_SMAC}-no-preopc")},
+    ),
+]
+
+
+def run_of(folder: str, script: str) -> str:
+    return script if "/" in script else f"{folder}/{script}"
+
+
+@pytest.mark.parametrize("said", SENTENCES, ids=lambda said: f"{said.folder} {next(iter(said.differences))}")
+def test_sentences(said):
+    wrong = []
+    for begin, scripts in said.differences.items():
+        place = TEXT.find(begin)
+        assert TEXT.count(begin) == 1, begin
+        text = TEXT[place : TEXT.index(")", place) + 1]
+        x, y = (functools.partial(said.measure, run_of(said.folder, script)) for script in scripts)
+        wrong += [f"{text}, by the files {error}" for error in difference(text, x, y, said.seeds)]
+    assert not wrong, "\n".join(wrong)
