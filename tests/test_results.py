@@ -428,6 +428,103 @@ def test_table(table):
     assert not wrong, "\n".join(wrong)
 
 
+# --------------------------------------------------------------------------------------------------- over several tasks
+class Game(NamedTuple):
+    """A task with its runs: label -> folder/script."""
+
+    runs: dict[str, str]
+    metric: str = "return"
+    until: float = math.inf
+
+    def seeds(self, label: str) -> set[int]:
+        return {
+            k for k in range(1, 13) if any((RESULTS / f"{r}__{k}.jsonl").exists() for r in self.runs[label].split("+"))
+        }
+
+    def differences(self, x: str, y: str) -> np.ndarray:
+        """Of the areas, in per cent: of games won, or of the way from the task's lowest evaluation to its highest."""
+        every = [curve(self.runs[label], k, self.metric) for label in self.runs for k in self.seeds(label)]
+        values = np.concatenate([values[steps <= self.until] for steps, values in every])
+        low, span = (0, 1) if self.metric == "win rate" else (values.min(), np.ptp(values))
+        end = 1.005 * min(min(steps[-1], self.until) for steps, _ in every)
+        area = Measure("area", end, self.metric)
+        pairs = [area(self.runs[x], k) - area(self.runs[y], k) for k in sorted(self.seeds(x) & self.seeds(y))]
+        return 100 * np.array(pairs) / span
+
+
+def over_tasks(text: str, x: str, y: str, games: list[Game]) -> list[str]:
+    """What is wrong with `5 (3 to 7), 8 of 9, p = 0.1`: the mean over tasks, seeds drawn for each task, Welch's p."""
+    samples, wrong = [game.differences(x, y) for game in games], []
+    mean = np.mean([sample.mean() for sample in samples])
+    random = np.random.default_rng(1)
+    drawn = np.mean([random.choice(sample, (20_000, len(sample))).mean(1) for sample in samples], 0)
+    ends = np.percentile(drawn, (2.5, 97.5))
+    shown, *interval = re.search(r"(-?[\d.]+)\D*? \(\D*?(-?[\d.]*\d) to (-?[\d.]*\d)", text).groups()
+    if not shows(shown, mean):
+        wrong.append(f"mean {mean:.4f}")
+    if any(abs(float(end) - mine) > 0.06 * np.ptp(ends) + 0.05 for end, mine in zip(interval, ends, strict=True)):
+        wrong.append(f"interval {ends[0]:.3f} to {ends[1]:.3f}")
+    ahead, pairs = sum((sample > 0).sum() for sample in samples), sum(map(len, samples))
+    if f"{ahead} of {pairs}" not in text:
+        wrong.append(f"ahead in {ahead} of {pairs}")
+    stats = pytest.importorskip("scipy.stats")
+    variances = [sample.var(ddof=1) / len(sample) for sample in samples]
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, samples, strict=True))
+    p = 2 * stats.t.sf(abs(mean) * len(samples) / math.sqrt(sum(variances)), freedom)
+    sign, said = re.search(r"p ([=<]) ([\d.]*\d)", text).groups()
+    if not (shows(said, p) if sign == "=" else p < float(said)):
+        wrong.append(f"p = {p:.4f}")
+    return wrong
+
+
+def game(folder: str, script: str, metric: str = "return", until: float = math.inf, **others: str) -> Game:
+    return Game({label: f"{folder}/{name}_{script}" for label, name in ALGORITHMS.items()} | others, metric, until)
+
+
+SHARED = [game(f"table2/{name}-smax", "smac", "win rate") for name in ("3s5z", "3s5z_vs_3s6z")]
+SHARED += [game(f"figure10/spread-3-{ratio}-jaxmarl", "mpe") for ratio in ("0", "0.5")]
+EACH = [
+    game(f"figure3/{robot}", "mamujoco") for robot in ("HalfCheetah-2x3", "Walker2d-2x3", "Ant-4x2", "Humanoid-9_8")
+]
+
+
+def launched(once: bool) -> list[Game]:
+    easy = "figure5-7/3s5z-smax/a2po_smac" if once else "critic-twice/3s5z-smax/a2po_smac"
+    games = [game("authors-baselines/3s5z-smax", "smac", "win rate", 5.03e5, A2PO=easy)]
+    for name in ("spread-3-0-jaxmarl", "spread-3-0.5-jaxmarl"):
+        a2po = {"A2PO": f"figure10-critic-once/{name}/a2po_mpe", "twice": f"figure10-authors/{name}/a2po_mpe"}
+        a2po = a2po if once else {}
+        games.append(game(f"figure10-authors/{name}", "mpe", "return", 5.03e5, **a2po))
+    return games
+
+
+def test_all_tasks_together():
+    _, found = read_table("Our question: does the paper's claim")
+    wrong = []
+    assert len(found) == 6
+    for x, y, _, _, gap, ahead, p, _ in found:
+        text = f"{gap}, {ahead}, p = {p}"
+        wrong += [f"{x}, {y}: {text}, by the files {error}" for error in over_tasks(text, x, y, SHARED + EACH)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("before", "rows"),
+    [
+        ("**No: in the first 10", {"SMAX and MPE": SHARED, "MuJoCo": EACH}),
+        ("**The launch scripts' settings", {"with the second": launched(once=False), "with one": launched(once=True)}),
+    ],
+)
+def test_tasks_of_a_kind(before, rows):
+    head, found = read_table(before)
+    wrong = []
+    for row, (label, games) in zip(found, rows.items(), strict=True):
+        assert row[0].startswith(label)
+        for y, text in zip(head[1:], row[1:], strict=True):
+            wrong += [f"{row[0]}, {y}: {text}, by the files {error}" for error in over_tasks(text, "A2PO", y, games)]
+    assert not wrong, "\n".join(wrong)
+
+
 # ---------------------------------------------------------------------------------------------------------- sentences
 class Said(NamedTuple):
     """Differences of runs that are paired by seed, X - Y, each followed by a bracket with its interval."""
