@@ -253,8 +253,8 @@ class Peer:
     """label -> script and settings that do the same work"""
 
 
-def simulators(script: str, settings: dict) -> dict[str, tuple[str, dict]]:
-    return {f"{script}, {name}": (script, settings | {"simulator": name}) for name in ("mpe2", "jaxmarl")}
+def simulators(script: str, settings: dict, what: str = "") -> dict[str, tuple[str, dict]]:
+    return {f"{script}{what}, {name}": (script, settings | {"simulator": name}) for name in ("mpe2", "jaxmarl")}
 
 
 PEERS = {
@@ -264,8 +264,14 @@ PEERS = {
     "harl": Peer(
         harl, ".", "harl/configs/algos_cfgs/happo.yaml", simulators("happo_mpe", TWO_LAYERS | {"update_epochs": 24})
     ),
+    # The same work, and less: the paper's blocks.
     "authors": Peer(
-        authors, ".", "onpolicy/config/pettingzoo.yaml", simulators("a2po_mpe", MPE | {"cumulative_blocks": True})
+        authors,
+        ".",
+        "onpolicy/config/pettingzoo.yaml",
+        simulators("a2po_mpe", MPE | {"cumulative_blocks": True})
+        | simulators("a2po_mpe", MPE, ", plain blocks")
+        | simulators("a2po_mpe", MPE | {"compile": True}, ", plain blocks, compiled"),
     ),
     "jaxmarl": Peer(jaxmarl, "baselines/MAPPO", "mappo_rnn_smax.py", {"mappo_smac, SMAX": ("mappo_smac", SMAX)}),
 }
