@@ -122,7 +122,7 @@ class Table(NamedTuple):
     rows: list[tuple[str, str | None]]
     """for each how its label begins, and folder/script; None where there is nothing to check"""
     columns: dict[str, object]
-    """how the heads begin -> a measure, by seed; "mean", of the column before; or a Difference"""
+    """how the heads begin -> a measure, by seed; "mean", of the column before; a Difference or Over"""
 
 
 class Difference(NamedTuple):
@@ -130,6 +130,27 @@ class Difference(NamedTuple):
 
     x: Measure
     y: Measure
+
+
+class Over(NamedTuple):
+    """The difference of the row's mean to that of these runs' seeds 1 to 6, which are no pairs, by the last measure."""
+
+    others: tuple[str, ...]
+    sign: int = 1
+    measure: Measure | None = None
+
+    def wrong(self, text: str, run: str, last, seeds: int) -> list[str]:
+        measure = self.measure or last
+        others = np.array([measure(other, seed) for other in self.others for seed in SIX])
+        random, sides = np.random.default_rng(1), (np.array([measure(run, k + 1) for k in range(seeds)]), others)
+        mine, theirs = (random.choice(side, (20_000, len(side))).mean(1) for side in sides)
+        ends = np.percentile(self.sign * (mine - theirs), (2.5, 97.5))
+        shown, *interval = re.fullmatch(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", text).groups()
+        error, mean = 0.5 / 10 ** len(shown.partition(".")[2]), self.sign * (sides[0].mean() - others.mean())
+        far = max(abs(float(end) - found) for end, found in zip(interval, ends, strict=True))
+        if shows(shown, mean) and far <= 0.06 * np.ptp(ends) + error:
+            return []
+        return [f"{mean:.4f} ({ends[0]:.4f} to {ends[1]:.4f})"]
 
 
 def rows(folder: str, script: str, **labels: str | None) -> list[tuple[str, str | None]]:
@@ -156,6 +177,8 @@ FORMER = {"first evaluation": FIRST, "last evaluation": LAST, "score": SCORE}
 ORDERS = {"cyclic": "cyclic", "random": "random", "greedy": "greedy", "reverse greedy": "reverse-greedy"}
 ORDERS |= {"reverse semi-greedy": "reverse-semi-greedy"}
 TO_3M = {name: Elsewhere(m, "6x1/", "6x1-3M/") for name, m in {"area to 3M": AREA, "last evaluation": LAST}.items()}
+TWELVE = ("figure5-7/3s5z-smax/a2po_smac", "smac-depth/a2po_smac+preopc/again/3s5z-smax/a2po_smac")
+TWELVE_WITHOUT = ("figure5-7/3s5z-smax/a2po_smac-no-preopc", "preopc/again/3s5z-smax/a2po_smac-no-preopc")
 TABLES = [
     Table(
         "**3s5z**, default",
@@ -266,7 +289,7 @@ TABLES = [
             HAPPO="happo_smac-preopc",
             RPISA="rpisa_smac",
         ),
-        AREA_OF_RETURNS,
+        {"area,": AREA, "mean": "mean", "A2PO's area over it": Over(TWELVE, -1, AREA), "win rate": percent("score")},
     ),
     Table(
         "V-trace, PreOPC and RPISA-PPO where",
@@ -340,12 +363,12 @@ TABLES = [
             ("8 (Table 7)", None),
             ("24 8, 24", "passes/epochs-24/3s5z-smax/a2po_smac"),
         ],
-        AREA_OF_RETURNS,
+        AREA_OF_RETURNS | {"over the default": Over(TWELVE)},
     ),
     Table(
         "**Looking for the reason: the baselines' settings",
         rows("authors-baselines/3s5z-smax", "", A2PO=None, CoPPO="coppo_smac", MAPPO="mappo_smac", HAPPO="happo_smac"),
-        AREA_OF_RETURNS,
+        AREA_OF_RETURNS | {"A2PO over it": Over(TWELVE, -1)},
     ),
     Table(
         "**Looking for the reason: the critic", rows("critic-twice/3s5z-smax", "", A2PO="a2po_smac"), AREA_OF_RETURNS
@@ -374,7 +397,7 @@ TABLES = [
             ("rho by a policy", "preopc/rho-held-out/3s5z-smax/a2po_smac"),
             ("A2PO with lambda 0.98", "preopc/lambda-0.98/3s5z-smax/a2po_smac"),
         ],
-        AREA_OF_RETURNS,
+        AREA_OF_RETURNS | {"over A2PO": Over(TWELVE), "over without": Over(TWELVE_WITHOUT)},
     ),
 ]
 
@@ -407,7 +430,7 @@ def test_table(table):
     wrong, checked = [], set()
     for row, (label, run) in zip(found, table.rows, strict=True):
         assert row[0].startswith(label.strip())
-        values, seeds = [], 0
+        values, last, seeds = [], None, 0
         for name, cell, measure in zip(head, row, columns, strict=True):
             if run is None or measure is None or not cell:
                 continue
@@ -417,9 +440,12 @@ def test_table(table):
                 x, y = (functools.partial(one, run) for one in measure)
                 wrong += [f"{what} {error}" for error in difference(cell, x, y, range(1, seeds + 1))]
                 continue
+            if isinstance(measure, Over):
+                wrong += [f"{what} {error}" for error in measure.wrong(cell, run, last, seeds)]
+                continue
             shown = [number.strip() for number in re.sub(r"\(.*\)", "", cell).split(",")]
             if measure != "mean":
-                seeds = len(shown)
+                last, seeds = measure, len(shown)
                 values = [measure(run, seed) for seed in range(1, seeds + 1)]
             numbers = [np.mean(values)] if measure == "mean" else values
             if len(shown) != len(numbers) or not all(map(shows, shown, numbers)):
