@@ -142,7 +142,7 @@ def vtrace(rewards, values, terminated, done, joint_ratio, gamma, gae_lambda):
         A_t = r_t + gamma v_{t+1} - V(s_t) = delta_t + gamma x_{t+1}
 
     Shapes and delta_t as in `gae_advantages`; joint_ratio (T, N), rho = pi_bar / pi of the joint action. Returns A and
-    the targets, (T, N, n).
+    the targets, (T, N, n). With rho = 1 the targets are GAE's, but in A each later delta counts 1 / lambda times more.
     """
     terminated, done = terminated.float().unsqueeze(-1), done.float().unsqueeze(-1)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]

@@ -8,7 +8,8 @@
 
 Rollout and policy iteration for a single agent (Bertsekas, 2021), with PPO: a rollout is for one block of agents alone,
 the next rollout for the next block, in cyclic order. No other block has been updated since the rollout began, so that
-nothing is corrected; but each sample serves one block. Without StarCraft II it plays SMAX.
+nothing is corrected (though here the block's own steps move the network of all); but each sample serves one block.
+Without StarCraft II it plays SMAX.
 The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
     python rpisa_smac.py --map 3s5z

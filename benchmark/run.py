@@ -91,11 +91,14 @@ ORDER = {"": ()} | {f"-{rule}": ("--agent-order", rule) for rule in RULES}
 LAMBDAS = ("0.9", "0.93", "0.95", "0.97", "0.99")  # of Tables 7 to 11
 LAMBDA = {f"{name} gae_lambda={x}": (*options, "--gae-lambda", x) for x in LAMBDAS for name, options in PREOPC.items()}
 # By the authors' launch scripts (c953380) MAPPO, CoPPO and HAPPO always have a lambda of 0.95, and on these maps,
-# robots and games other epochs than A2PO, whose settings are those of Tables 7 to 11 but for a few entries.
+# robots and games other epochs than A2PO.
 BASELINE_EPOCHS = {"3s5z": 5, "3s_vs_5z": 10, "6h_vs_8z": 5, "MMM": 10, "Ant": 5, "Hopper": 5, "spread": 5}
 # Where they give A2PO's critic a second step (--use_two_stage): not on 3s5z_vs_3s6z, 3s_vs_5z and 6h_vs_8z.
 TWO_CRITIC_STEPS = "MMM MMM2 2c_vs_64zg 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m corridor".split()
 TWO_CRITIC_STEPS += "HalfCheetah Walker2d Hopper Ant Humanoid HumanoidStandup spread 5_vs_5".split()
+# A2PO's other settings, and the blocks, are those of Tables 7 to 11, but for these.
+BESIDE_TABLES = {("a2po", "spread"): ("--gae-lambda", "0.95"), ("a2po", "HumanoidStandup"): ("--update-epochs", "8")}
+BESIDE_TABLES |= {(name, "Humanoid-17x1"): ("--agent-blocks", "3") for name in ("a2po", "happo")}
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
@@ -144,12 +147,13 @@ class Args:
     tasks: tuple[str, ...] = ()
     """other tasks than the matrix's: SMAC maps, Football's scenarios, or such as Ant-4x2 'Humanoid-9|8' spread-3-0"""
     algorithms: tuple[str, ...] = ()
-    """only these of mappo coppo happo a2po; or your own, such as kl where there is a kl_smac.py beside the others"""
+    """only these of mappo coppo happo a2po, for figure5 and figure13 rpisa; or your own, such as kl where there is a
+    kl_smac.py beside the others"""
     total_timesteps: Count | None = None
     """environment steps of each run, such as 1e6; by default the script's"""
     authors_settings: bool = False
     """as the authors' launch scripts: MAPPO, CoPPO and HAPPO with epochs and lambda of their own, A2PO with a second
-    step of the critic where it has one; else all have A2PO's of the paper's tables"""
+    step of the critic where it has one, on MPE with lambda 0.95; else all have A2PO's of the paper's tables"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False
@@ -238,13 +242,13 @@ def task_options(task: str, smax: bool) -> tuple[str, tuple[str, ...]]:
 
 def authors_options(task: str, algorithm: str) -> tuple[str, ...]:
     """What the authors' launch scripts have on a task, where the scripts have the paper's tables."""
-    game = task.split("-")[0]
+    game, options = task.split("-")[0], ()
     if algorithm == "a2po" and game in TWO_CRITIC_STEPS:
-        return ("--critic-steps", "2")
-    if algorithm not in ("mappo", "coppo", "happo"):
-        return ()
-    epochs = BASELINE_EPOCHS.get(game)
-    return ("--gae-lambda", "0.95", *(("--update-epochs", str(epochs)) if epochs else ()))
+        options = ("--critic-steps", "2")
+    if algorithm in ("mappo", "coppo", "happo"):
+        epochs = BASELINE_EPOCHS.get(game)
+        options = ("--gae-lambda", "0.95", *(("--update-epochs", str(epochs)) if epochs else ()))
+    return options + BESIDE_TABLES.get((algorithm, task), BESIDE_TABLES.get((algorithm, game), ()))
 
 
 def make_jobs(args: Args) -> tuple[list[Job], list[str]]:

@@ -552,19 +552,24 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
 
 
 def test_authors_settings():
-    """Their launch scripts: epochs of MAPPO, CoPPO and HAPPO, and lambda 0.95; A2PO's critic steps."""
+    """Their launch scripts: epochs of MAPPO, CoPPO and HAPPO, and lambda 0.95; A2PO's critic steps, and where they
+    give it other settings than the paper's tables."""
     tasks = "3s5z_vs_3s6z spread-3-0 Ant-4x2 Walker2d-2x3 Hopper-3x1 5_vs_5".split()
-    tasks += "HalfCheetah-2x3 Humanoid-9|8 HumanoidStandup-9|8".split()
+    tasks += "HalfCheetah-2x3 Humanoid-9|8 Humanoid-17x1 HumanoidStandup-9|8".split()
     (as_in_tables, _), (theirs, _) = (
         jobs_of("figure3", "--seeds", "1", "--tasks", *tasks, *flag) for flag in ([], ["--authors-settings"])
     )
     epochs = {"spread-3-0": "5", "Ant-4x2": "5", "Hopper-3x1": "5"}
+    a2po = {"spread-3-0": ("--gae-lambda", "0.95"), "HumanoidStandup-9|8": ("--update-epochs", "8")}
+    blocks = ("--agent-blocks", "3")
     for before, job in zip(as_in_tables, theirs, strict=True):
         added = job.options[len(before.options) :]
         expected = ("--gae-lambda", "0.95")
         expected += ("--update-epochs", epochs[job.task]) if job.task in epochs else ()
         if job.algorithm.startswith("a2po"):
-            expected = () if job.task == "3s5z_vs_3s6z" else ("--critic-steps", "2")
+            expected = () if job.task == "3s5z_vs_3s6z" else ("--critic-steps", "2", *a2po.get(job.task, ()))
+        if job.task == "Humanoid-17x1" and job.algorithm[:5] in ("a2po_", "happo"):
+            expected += blocks
         assert job.options[: len(before.options)] == before.options
         assert added == expected, job
     other_epochs = {"3s5z": "5", "3s_vs_5z": "10", "6h_vs_8z": "5", "MMM": "10"}
