@@ -27,7 +27,8 @@ def curve(run: str, seed: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
     files = [RESULTS / f"{one}__{seed}.jsonl" for one in run.split("+")]
     file = next((file for file in files if file.exists()), files[0])
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    values = [np.mean(record["won" if metric == "win rate" else "returns"]) for record in records]
+    name = {"win rate": "won", "return": "returns"}.get(metric, metric)
+    values = [np.mean(record[name]) for record in records]
     return np.array([record["step"] for record in records]), np.array(values)
 
 
@@ -44,7 +45,9 @@ class Measure(NamedTuple):
         values = self.scale * values[steps <= self.until]
         if self.what == "area":
             return values.mean()
-        return {"score": np.median(values[-10:]), "first": values[0], "last": values[-1]}[self.what]
+        last_ten = values[-10:]
+        numbers = {"score": np.median(last_ten), "mean of ten": last_ten.mean(), "first": values[0], "last": values[-1]}
+        return numbers[self.what]
 
 
 class Reaches(NamedTuple):
@@ -177,6 +180,8 @@ FORMER = {"first evaluation": FIRST, "last evaluation": LAST, "score": SCORE}
 ORDERS = {"cyclic": "cyclic", "random": "random", "greedy": "greedy", "reverse greedy": "reverse-greedy"}
 ORDERS |= {"reverse semi-greedy": "reverse-semi-greedy"}
 TO_3M = {name: Elsewhere(m, "6x1/", "6x1-3M/") for name, m in {"area to 3M": AREA, "last evaluation": LAST}.items()}
+BEHAVIOUR = {"passes": "pass", "assists": "assist", "goals": "goal"}
+BEHAVIOUR = {name: Measure("mean of ten", metric=metric) for name, metric in BEHAVIOUR.items()}
 TWELVE = ("figure5-7/3s5z-smax/a2po_smac", "smac-depth/a2po_smac+preopc/again/3s5z-smax/a2po_smac")
 TWELVE_WITHOUT = ("figure5-7/3s5z-smax/a2po_smac-no-preopc", "preopc/again/3s5z-smax/a2po_smac-no-preopc")
 TABLES = [
@@ -260,12 +265,12 @@ TABLES = [
     Table(
         "**The third drill with all",
         rows("figure4/academy_pass_and_shoot_with_keeper", "grf"),
-        {"area": percent("area", 4.1e5), "score": percent("score"), "last evaluation": percent("last")},
+        {"area": percent("area", 4.1e5), "score": percent("score"), "last evaluation": percent("last")} | BEHAVIOUR,
     ),
     Table(
         "**academy_3_vs_1_with_keeper**",
         rows("figure4/academy_3_vs_1_with_keeper", "", MAPPO="mappo_grf", A2PO="a2po_grf"),
-        WINS,
+        WINS | BEHAVIOUR,
     ),
     Table(
         "PreOPC, order of the agents",
