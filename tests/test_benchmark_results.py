@@ -166,9 +166,13 @@ def rows(folder: str, script: str, **labels: str | None) -> list[tuple[str, str 
 
 def launch(before: str, game: str) -> Table:
     """The settings of the authors' launch scripts on MPE."""
-    once, twice = f"figure10-critic-once/{game}/a2po_mpe", f"figure10-authors/{game}/a2po_mpe"
-    runs = rows(f"figure10-authors/{game}", "mpe")[:3] + [("A2PO, one", once), ("A2PO, two", twice)]
-    over = Difference(lambda run, seed: TO_500K(twice, seed), TO_500K)
+    once, twice = (f"figure10-critic-{times}/{game}/a2po_mpe" for times in ("once", "twice"))
+    a2po = f"figure10-authors/{game}/a2po_mpe"
+    runs = rows(f"figure10-authors/{game}", "mpe") + [
+        ("A2PO, lambda 0.97, one", once),
+        ("A2PO, lambda 0.97, two", twice),
+    ]
+    over = Difference(lambda run, seed: TO_500K(a2po, seed), TO_500K)
     columns = {"area": TO_500K, "mean": "mean", "score": Measure("score", 5.03e5)}
     return Table(before, runs, columns | {"over it": over, "A2PO over it": over})
 
@@ -521,13 +525,12 @@ EACH = [
 ]
 
 
-def launched(once: bool) -> list[Game]:
-    easy = "figure5-7/3s5z-smax/a2po_smac" if once else "critic-twice/3s5z-smax/a2po_smac"
+def launched(mpe: str = "", easy: str = "critic-twice/3s5z-smax/a2po_smac") -> list[Game]:
+    """With the launch settings, but for A2PO's runs of these folders."""
     games = [game("authors-baselines/3s5z-smax", "smac", "win rate", 5.03e5, A2PO=easy)]
     for name in ("spread-3-0-jaxmarl", "spread-3-0.5-jaxmarl"):
-        a2po = {"A2PO": f"figure10-critic-once/{name}/a2po_mpe", "twice": f"figure10-authors/{name}/a2po_mpe"}
-        a2po = a2po if once else {}
-        games.append(game(f"figure10-authors/{name}", "mpe", "return", 5.03e5, **a2po))
+        folder = f"figure10-authors/{name}"
+        games.append(game(folder, "mpe", "return", 5.03e5, A2PO=f"{mpe or folder.split('/')[0]}/{name}/a2po_mpe"))
     return games
 
 
@@ -545,7 +548,14 @@ def test_all_tasks_together():
     ("before", "rows"),
     [
         ("**No: in the first 10", {"SMAX and MPE": SHARED, "MuJoCo": EACH}),
-        ("**The launch scripts' settings", {"with the second": launched(once=False), "with one": launched(once=True)}),
+        (
+            "**The launch scripts' settings",
+            {
+                "as in the": launched(),
+                "on MPE": launched("figure10-critic-twice"),
+                "so, with": launched("figure10-critic-once", "figure5-7/3s5z-smax/a2po_smac"),
+            },
+        ),
     ],
 )
 def test_tasks_of_a_kind(before, rows):
@@ -575,7 +585,7 @@ MAPPO, COPPO, HAPPO, A2PO = (f"{name}_mamujoco" for name in ALGORITHMS.values())
 MAPPO_MPE, COPPO_MPE, HAPPO_MPE, A2PO_MPE = (f"{name}_mpe" for name in ALGORITHMS.values())
 MAPPO_SMAC, COPPO_SMAC, HAPPO_SMAC, A2PO_SMAC = (f"{name}_smac" for name in ALGORITHMS.values())
 LAUNCH_3S5Z, HARD_TWICE = "authors-baselines/3s5z-smax", "critic-twice/3s5z_vs_3s6z-smax/a2po_smac"
-HUMANOID_RUNS, ONCE = "figure3/Humanoid-9_8", "figure10-critic-once"
+HUMANOID_RUNS, ONCE, TWICE = "figure3/Humanoid-9_8", "figure10-critic-once", "figure10-critic-twice"
 SENTENCES = [
     Said(
         "table2/3s5z_vs_3s6z-smax",
@@ -730,19 +740,30 @@ SENTENCES = [
         TO_500K,
         SIX,
         {
-            "The step's own part is 1.0": (A2PO_MPE, f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe"),
+            "The step's own part is 1.0": (
+                f"{TWICE}/spread-3-0-jaxmarl/a2po_mpe",
+                f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe",
+            ),
             "1.5 above MAPPO (": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", MAPPO_MPE),
             "0.9 above CoPPO": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", COPPO_MPE),
             "0.4 above HAPPO": (f"{ONCE}/spread-3-0-jaxmarl/a2po_mpe", HAPPO_MPE),
-            "0.1 lower than before": ("value-clip/spread-3-0-jaxmarl/a2po_mpe", A2PO_MPE),
+            "0.1 lower than before": ("value-clip/spread-3-0-jaxmarl/a2po_mpe", f"{TWICE}/spread-3-0-jaxmarl/a2po_mpe"),
         },
     ),
-    Said("figure10-authors/spread-3-0-jaxmarl", TO_1M, SIX, {"a difference of 2.5": (A2PO_MPE, MAPPO_MPE)}),
+    Said(
+        "figure10-authors/spread-3-0-jaxmarl",
+        TO_1M,
+        SIX,
+        {"a difference of 2.5": (f"{TWICE}/spread-3-0-jaxmarl/a2po_mpe", MAPPO_MPE)},
+    ),
     Said(
         "figure10-authors/spread-3-0.5-jaxmarl",
         TO_500K,
         SIX,
         {
+            "by 0.7 (0.2 to 1.3": (f"{TWICE}/spread-3-0.5-jaxmarl/a2po_mpe", MAPPO_MPE),
+            "1.2 (0.4 to 2.1": (f"{TWICE}/spread-3-0.5-jaxmarl/a2po_mpe", COPPO_MPE),
+            "0.4 (-0.2 to 0.9; p = 0.25": (f"{TWICE}/spread-3-0.5-jaxmarl/a2po_mpe", HAPPO_MPE),
             "of MAPPO by 0.7": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", MAPPO_MPE),
             "of CoPPO by 1.1": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", COPPO_MPE),
             "of HAPPO by 0.4": (f"{ONCE}/spread-3-0.5-jaxmarl/a2po_mpe", HAPPO_MPE),
