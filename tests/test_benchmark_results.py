@@ -164,6 +164,19 @@ def rows(folder: str, script: str, **labels: str | None) -> list[tuple[str, str 
     return [(label.replace("_", " "), name and f"{folder}/{name}") for label, name in labels.items()]
 
 
+def equal_settings() -> Table:
+    """Table 10's for all on MPE, with one critic step and with two."""
+    once = rows("figure10-critic-once/spread-3-0-jaxmarl", "mpe")
+    _, a2po = once[-1]
+    twice = Elsewhere(TO_500K, "critic-once", "critic-twice")
+    columns = {"area, one": TO_500K, "mean": "mean", "area, two": twice, "two over one": Difference(twice, TO_500K)}
+    columns |= {
+        "A2PO over it, one": Difference(lambda run, seed: TO_500K(a2po, seed), TO_500K),
+        "A2PO over it, two": Difference(lambda run, seed: twice(a2po, seed), twice),
+    }
+    return Table("**The same settings for all, Table 10's", once, columns)
+
+
 def launch(before: str, game: str) -> Table:
     """The settings of the authors' launch scripts on MPE."""
     once, twice = (f"figure10-critic-{times}/{game}/a2po_mpe" for times in ("once", "twice"))
@@ -341,6 +354,7 @@ TABLES = [
     Table("**3 agents, general-sum**", rows("figure10/spread-3-0.5-jaxmarl", "mpe"), TO_1M_AND_2M),
     Table("**5 agents, cooperative**", rows("figure10/spread-5-0-jaxmarl", "mpe"), RETURNS),
     launch("**The same with the settings", "spread-3-0-jaxmarl"),
+    equal_settings(),
     launch("**General-sum with the settings", "spread-3-0.5-jaxmarl"),
     Table(
         "**Depth, cumulative blocks, length of the rollout.** A2PO",
