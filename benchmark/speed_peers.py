@@ -250,7 +250,7 @@ class Peer:
     file: str
     """one that must be there"""
     ours: dict[str, tuple[str, dict]]
-    """label -> script and settings that do the same work"""
+    """label -> script and settings that do the same work, or with plain blocks less"""
 
 
 def simulators(script: str, settings: dict, what: str = "") -> dict[str, tuple[str, dict]]:
@@ -264,7 +264,7 @@ PEERS = {
     "harl": Peer(
         harl, ".", "harl/configs/algos_cfgs/happo.yaml", simulators("happo_mpe", TWO_LAYERS | {"update_epochs": 24})
     ),
-    # The same work, and less: the paper's blocks.
+    # Theirs are cumulative; the paper's, plain ones are less work.
     "authors": Peer(
         authors,
         ".",
