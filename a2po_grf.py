@@ -74,7 +74,7 @@ class Settings:
     reward_goal: float = 5.0
     """weight of a goal: +1 scored, -1 conceded (the authors' setting)"""
     reward_win: float = 5.0
-    """weight of the result at the end of the game: +1 won, 0 drawn, -1 lost (the authors' weight)"""
+    """weight of the result at the end of the game: +1 won, 0 drawn, -1 lost (the authors': the lead if it is won)"""
     reward_position: float = 1.0
     """weight of the distance, in half pitches, that the ball has come closer to the opponent's goal"""
     reward_ball_gained: float = 0.1

@@ -80,7 +80,7 @@ class Settings:
     clip_coef: float | None = None
     """base clipping parameter epsilon (Table 9 by robot)"""
     action_ratio: Literal["mean", "product"] = "mean"
-    """an agent's own ratio in its objective: mean or product of its joints' (mean: appendix B.4.2)"""
+    """an agent's own ratio in its objective: of its joints' the mean (appendix B.4.2) or product (authors' code)"""
     update_epochs: int | None = None
     """P, passes of every agent over the rollout (Table 9 by robot)"""
     critic_steps: int = 1
@@ -175,7 +175,7 @@ def clipped_surrogate(ratio, preceding_ratio, advantages, clip_coef):
 def action_ratio(log_ratios, has_joint, rule):
     """An agent's own ratio (...,) in the objective, from log_ratios (..., d) of its joints; has_joint (d,).
 
-    product: the ratio of the probabilities of its whole action; mean: the mean of its joints' ratios (appendix B.4.2).
+    product: that of its whole action's probabilities (authors' code); mean: the mean of its joints' (appendix B.4.2).
     """
     if rule == "product":
         return log_ratios.sum(-1).clamp(-20, 20).exp()

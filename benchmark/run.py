@@ -96,9 +96,13 @@ BASELINE_EPOCHS = {"3s5z": 5, "3s_vs_5z": 10, "6h_vs_8z": 5, "MMM": 10, "Ant": 5
 # Where they give A2PO's critic a second step (--use_two_stage): not on 3s5z_vs_3s6z, 3s_vs_5z and 6h_vs_8z.
 TWO_CRITIC_STEPS = "MMM MMM2 2c_vs_64zg 3s5z 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m corridor".split()
 TWO_CRITIC_STEPS += "HalfCheetah Walker2d Hopper Ant Humanoid HumanoidStandup spread 5_vs_5".split()
-# A2PO's other settings, and the blocks, are those of Tables 7 to 11, but for these.
-BESIDE_TABLES = {("a2po", "spread"): ("--gae-lambda", "0.95"), ("a2po", "HumanoidStandup"): ("--update-epochs", "8")}
+# A2PO's other settings, and the blocks, are those of Tables 7 to 11, but for these; on MPE up to five agents have
+# another lambda, more have blocks.
+BESIDE_TABLES = {("a2po", f"spread-{n}"): ("--gae-lambda", "0.95") for n in range(2, 6)}
+BESIDE_TABLES |= {("a2po", "spread"): ("--agent-blocks", "3")}
 BESIDE_TABLES |= {(name, "Humanoid-17x1"): ("--agent-blocks", "3") for name in ("a2po", "happo")}
+BESIDE_TABLES |= {("a2po", "HumanoidStandup-9|8"): ("--update-epochs", "8")}
+BESIDE_TABLES |= {("a2po", "HumanoidStandup-17x1"): ("--gae-lambda", "0.95", "--agent-blocks", "5")}
 # Name: tasks, algorithms, variants (of each algorithm, or of all).
 MATRICES = {
     "table2": (SMAC_MAPS, ALL, {"": ()}),
@@ -153,7 +157,8 @@ class Args:
     """environment steps of each run, such as 1e6; by default the script's"""
     authors_settings: bool = False
     """as the authors' launch scripts: MAPPO, CoPPO and HAPPO with epochs and lambda of their own, A2PO with a second
-    step of the critic where it has one, on MPE with lambda 0.95; else all have A2PO's of the paper's tables"""
+    step of the critic where it has one, on MPE with lambda 0.95; else all have A2PO's of the paper's tables. Settings
+    alone: where their code does otherwise than the paper, ours does not"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False
@@ -248,7 +253,8 @@ def authors_options(task: str, algorithm: str) -> tuple[str, ...]:
     if algorithm in ("mappo", "coppo", "happo"):
         epochs = BASELINE_EPOCHS.get(game)
         options = ("--gae-lambda", "0.95", *(("--update-epochs", str(epochs)) if epochs else ()))
-    return options + BESIDE_TABLES.get((algorithm, task), BESIDE_TABLES.get((algorithm, game), ()))
+    names = (task, task.rpartition("-")[0], game)
+    return options + next((BESIDE_TABLES[algorithm, x] for x in names if (algorithm, x) in BESIDE_TABLES), ())
 
 
 def make_jobs(args: Args) -> tuple[list[Job], list[str]]:

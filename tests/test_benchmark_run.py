@@ -554,14 +554,17 @@ def test_dry_run_prints_what_is_missing(fake, capsys):
 def test_authors_settings():
     """Their launch scripts: epochs of MAPPO, CoPPO and HAPPO, and lambda 0.95; A2PO's critic steps, and where they
     give it other settings than the paper's tables."""
-    tasks = "3s5z_vs_3s6z spread-3-0 Ant-4x2 Walker2d-2x3 Hopper-3x1 5_vs_5".split()
-    tasks += "HalfCheetah-2x3 Humanoid-9|8 Humanoid-17x1 HumanoidStandup-9|8".split()
+    tasks = "3s5z_vs_3s6z spread-3-0 spread-5-0.5 spread-6-0 spread-10-0.5 Ant-4x2 Walker2d-2x3 Hopper-3x1".split()
+    tasks += "5_vs_5 HalfCheetah-2x3 Humanoid-9|8 Humanoid-17x1 HumanoidStandup-9|8 HumanoidStandup-17x1".split()
     (as_in_tables, _), (theirs, _) = (
         jobs_of("figure3", "--seeds", "1", "--tasks", *tasks, *flag) for flag in ([], ["--authors-settings"])
     )
-    epochs = {"spread-3-0": "5", "Ant-4x2": "5", "Hopper-3x1": "5"}
-    a2po = {"spread-3-0": ("--gae-lambda", "0.95"), "HumanoidStandup-9|8": ("--update-epochs", "8")}
+    epochs = dict.fromkeys([task for task in tasks if task.startswith(("spread", "Ant", "Hopper"))], "5")
     blocks = ("--agent-blocks", "3")
+    a2po = dict.fromkeys(("spread-3-0", "spread-5-0.5"), ("--gae-lambda", "0.95"))
+    a2po |= dict.fromkeys(("spread-6-0", "spread-10-0.5"), blocks)  # with Table 10's lambda, 0.97
+    a2po |= {"HumanoidStandup-9|8": ("--update-epochs", "8")}
+    a2po |= {"HumanoidStandup-17x1": ("--gae-lambda", "0.95", "--agent-blocks", "5")}
     for before, job in zip(as_in_tables, theirs, strict=True):
         added = job.options[len(before.options) :]
         expected = ("--gae-lambda", "0.95")
