@@ -45,6 +45,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 import tyro
 
@@ -665,9 +666,13 @@ def start_ray(args: Args, cpus: int):
             usage_error(f"--address {args.address}", f"this cluster cannot be joined, {reason}")
     else:
         own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        services = ray._private.services
+        # In a process group of their own, Ray's processes outlive what a closing terminal, or `timeout`, sends to ours.
+        in_own_group = functools.partial(services.ConsolePopen, process_group=0)
         # `local`: not a cluster that happens to run on this machine
         try:
-            ray.init(address="local", **own, object_store_memory=100 * 2**20, **quiet)
+            with mock.patch.object(services, "ConsolePopen", in_own_group):
+                ray.init(address="local", **own, object_store_memory=100 * 2**20, **quiet)
         except Exception as error:  # of many kinds, such as that of a machine too busy to start it in time
             sys.exit(f"run.py: Ray did not start: {first_line(error)}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -682,9 +687,7 @@ LOSSES = 3  # of machines by one job, after which it has failed
 
 def run_all(jobs: list[tuple[Job, Path | None]], args: Args, cpus: int, base: Path) -> int:
     """Run the jobs that are not done; the program's exit status. A job whose machine is lost goes on on another."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Ray's processes keep that: they outlive the terminal
     ray = start_ray(args, cpus)
-    signal.signal(signal.SIGHUP, before)
     no_machine = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError)
     stops = []
 

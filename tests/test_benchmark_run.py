@@ -1,5 +1,6 @@
 """benchmark/run.py: its matrices, and what it skips and resumes."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -795,8 +796,19 @@ def test_a_cluster_that_is_none_is_one_line(address, monkeypatch, capfd):
     assert time.time() - begin < 20
 
 
-def test_what_a_killed_call_leaves(tmp_path, monkeypatch):
-    """Its runs are told to stop, by the end of the worker that started them, and so can save."""
+def process_group(leader: int) -> set[int]:
+    members = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            _, after_name = stat.read_text().rsplit(")", 1)
+            members |= {int(stat.parent.name)} if int(after_name.split()[2]) == leader else set()
+    return members
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_stopped_call_leaves(number, tmp_path, monkeypatch):
+    """Its runs are told to stop, by itself or by the end of the worker that started them, and so can save. Where its
+    whole process group gets the signal, as from `timeout`, Ray's processes do not."""
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (tmp_path / "benchmark").mkdir()
@@ -806,10 +818,13 @@ def test_what_a_killed_call_leaves(tmp_path, monkeypatch):
     command = [sys.executable, "benchmark/run.py", "preopc", "--smax", "--tasks", "3s5z", "--seeds", "1"]
     command += ["--total-timesteps", "6e5", "--options=--sleep 0.1"]
     with (tmp_path / "output").open("w") as output:
-        driver = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+        driver = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, process_group=0)
     try:
         at_once = min(3, len(os.sched_getaffinity(0)))
         wait_until(lambda: len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == at_once or driver.poll() is not None)
+        assert process_group(driver.pid) == {driver.pid}
+        os.killpg(driver.pid, number)
+        assert driver.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
     finally:
         driver.kill()
     logs = list(tmp_path.glob("runs/logs/*.log"))
