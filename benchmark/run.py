@@ -804,7 +804,8 @@ def main(args: Args) -> int:
     if missing:
         print(f"left out, there is no such script: {', '.join(missing)}", file=sys.stderr)
     if not jobs:
-        usage_error(args.matrix, "no job is left" + (", SMAX has none of these tasks" if args.smax else ""))
+        chosen = f"--tasks {' '.join(args.tasks)}" if args.tasks else args.matrix
+        usage_error(chosen, "no job is left" + (", SMAX has none of these tasks" if args.smax else ""))
     if args.collect:
         return 1 if collect(jobs, base, args.collect) == len(jobs) else 0
     if not args.dry_run:
