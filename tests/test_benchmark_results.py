@@ -817,6 +817,33 @@ SENTENCES = [
         },
     ),
     Said(
+        "critic-twice-baselines/3s5z_vs_3s6z-smax",
+        percent("area"),
+        THREE,
+        {
+            "14.7 above MAPPO": (HARD_TWICE, MAPPO_SMAC),
+            "3.5 above CoPPO": (HARD_TWICE, COPPO_SMAC),
+        },
+    ),
+    Said(
+        "critic-twice-baselines/3s5z_vs_3s6z-smax",
+        percent("area", 1.02e6),
+        THREE,
+        {
+            "-10.1 (-21.6": (MAPPO_SMAC, "table2/3s5z_vs_3s6z-smax/mappo_smac"),
+            "-4.8 (-17.7": (COPPO_SMAC, "table2/3s5z_vs_3s6z-smax/coppo_smac"),
+        },
+    ),
+    Said(
+        "figure5-7/3s5z-smax",
+        percent("area"),
+        SIX,
+        {
+            "2.6 (-2.4 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/mappo_smac"),
+            "-1.4 (-11.6 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/coppo_smac"),
+        },
+    ),
+    Said(
         "preopc/10x320/3s5z-smax",
         AREA,
         SIX,
