@@ -841,6 +841,7 @@ SENTENCES = [
         {
             "2.6 (-2.4 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/mappo_smac"),
             "-1.4 (-11.6 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/coppo_smac"),
+            "-0.8 (-10.2 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/happo_smac"),
         },
     ),
     Said(
