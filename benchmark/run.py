@@ -158,8 +158,8 @@ class Args:
     """environment steps of each run, such as 1e6; by default the script's"""
     authors_settings: bool = False
     """as the authors' launch scripts: MAPPO, CoPPO and HAPPO with epochs and lambda of their own, A2PO with a second
-    step of the critic where it has one, on MPE with lambda 0.95; else all have A2PO's of the paper's tables. Settings
-    alone: where their code does otherwise than the paper, ours does not"""
+    step of the critic where it has one, on MPE up to five agents with lambda 0.95; else all have A2PO's of the paper's
+    tables. Settings alone: where their code does otherwise than the paper, ours does not"""
     options: str = ""
     """further options for every run, in one word: --options='--eval-every 20000'"""
     dry_run: bool = False

@@ -804,6 +804,7 @@ SENTENCES = [
             "above MAPPO's by 16.5": (A2PO_SMAC, f"{LAUNCH_3S5Z}/mappo_smac"),
             "CoPPO's by 9.6": (A2PO_SMAC, f"{LAUNCH_3S5Z}/coppo_smac"),
             "HAPPO's by 18.3": (A2PO_SMAC, f"{LAUNCH_3S5Z}/happo_smac"),
+            "11.0 over its six": (A2PO_SMAC, TWELVE[1]),
         },
     ),
     Said(
@@ -842,6 +843,7 @@ SENTENCES = [
             "2.6 (-2.4 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/mappo_smac"),
             "-1.4 (-11.6 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/coppo_smac"),
             "-0.8 (-10.2 to": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/happo_smac"),
+            "9.7 over those of": ("critic-twice/3s5z-smax/a2po_smac", A2PO_SMAC),
         },
     ),
     Said(
