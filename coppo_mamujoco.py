@@ -202,10 +202,23 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
     return [layer_init(nn.Linear(inputs, outputs)), nn.ReLU(), nn.LayerNorm(outputs)]
 
 
-def mlp(inputs: int, outputs: int, hidden_size: int, gain: float) -> nn.Sequential:
-    """LayerNorm, two ReLU layers with LayerNorm after each, linear head (MAPPO default)."""
-    layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
-    return nn.Sequential(nn.LayerNorm(inputs), *layers, layer_init(nn.Linear(hidden_size, outputs), gain))
+class MLP(nn.Sequential):
+    """LayerNorm, two ReLU layers with LayerNorm after each, linear head (MAPPO default).
+
+    The observations have mean 0 and variance 1 already (`ObservationNormalizer`), once for all networks and epochs.
+    The first LayerNorm's scale and shift act on the weights behind it, so that observations need no gradient.
+    """
+
+    def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float):
+        layers = hidden_layer(inputs, hidden_size) + hidden_layer(hidden_size, hidden_size)
+        super().__init__(nn.LayerNorm(inputs), *layers, layer_init(nn.Linear(hidden_size, outputs), gain))
+
+    def forward(self, obs):
+        norm, first, *others = self
+        x = F.linear(obs, first.weight * norm.weight, first.bias + first.weight @ norm.bias)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 class GaussianActor(nn.Module):
@@ -213,7 +226,7 @@ class GaussianActor(nn.Module):
 
     def __init__(self, inputs: int, actions: int, hidden_size: int):
         super().__init__()
-        self.mean = mlp(inputs, actions, hidden_size, gain=0.01)
+        self.mean = MLP(inputs, actions, hidden_size, gain=0.01)
         self.log_std = nn.Parameter(torch.full((actions,), -0.5))
 
     def forward(self, obs):
@@ -248,7 +261,8 @@ class ValueNormalizer(nn.Module):
 
 
 class ObservationNormalizer(nn.Module):
-    """Running mean and variance of the observations; normalised ones are clipped to 10 (as SB3 and CleanRL do)."""
+    """Running mean and variance of the observations; normalised ones are clipped to 10 (as SB3 and CleanRL do), then
+    each to mean 0 and variance 1 over its numbers, the first part of the networks' LayerNorm."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -265,7 +279,8 @@ class ObservationNormalizer(nn.Module):
         self.mean.lerp_(mean, share)
 
     def forward(self, obs):
-        return ((obs - self.mean) / (self.variance + 1e-8).sqrt()).clamp(-10, 10).float()
+        normalized = ((obs - self.mean) / (self.variance + 1e-8).sqrt()).clamp(-10, 10).float()
+        return F.layer_norm(normalized, normalized.shape[-1:])
 
 
 # ---------------------------------------------------------------------------------------- networks over a rollout
@@ -286,9 +301,10 @@ def joint_policies(actors: nn.ModuleList):
     def policies(obs):
         x = obs.expand(len(std), *obs.shape)
         for bias, weight in layers[:-1]:
-            x = torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:]), weight).relu()
+            x = torch.baddbmm(bias, x, weight).relu()
+            x = F.layer_norm(x, x.shape[-1:])
         bias, weight = layers[-1]
-        return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:]), weight).tanh(), std
+        return torch.baddbmm(bias, x, weight).tanh(), std
 
     return policies
 
@@ -326,7 +342,7 @@ def main(args: "Args"):
     has_joint = torch.tensor(envs.unwrapped.has_joint, dtype=torch.float32, device=device)
 
     actors = nn.ModuleList([GaussianActor(obs_dim, d, args.hidden_size) for _ in range(n)]).to(device)
-    critics = nn.ModuleList([mlp(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
+    critics = nn.ModuleList([MLP(obs_dim, 1, args.hidden_size, gain=1.0) for _ in range(n)]).to(device)
     normalizer = ValueNormalizer().to(device)
     obs_normalizer = ObservationNormalizer(obs_dim).to(device)
     # One optimiser for all actors, one for all critics: a step leaves networks without a gradient as they are.

@@ -31,6 +31,21 @@ def script(request):
 
 
 # ------------------------------------------------------------------------------------------- policies and their ratios
+def test_network_is_the_layers_one_after_the_other():
+    """With the first LayerNorm in two parts, output and gradients are those of the whole, in double."""
+    torch.manual_seed(0)
+    with in_double():
+        network, obs = a2po.MLP(5, 3, 8, gain=1.0), torch.randn(6, 5) * 3 + 2
+        with torch.no_grad():  # at first a LayerNorm's scales are 1 and its shifts 0
+            for parameter in network.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        assert isinstance(network[0], torch.nn.LayerNorm)
+        apart, whole = network(torch.nn.functional.layer_norm(obs, (5,))), torch.nn.Sequential(*network)(obs)
+        torch.testing.assert_close(apart, whole)
+        gradients = [torch.autograd.grad(out.pow(3).sum(), list(network.parameters())) for out in (apart, whole)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("n", "obs_dim", "d", "hidden"), [(1, 3, 2, 8), (4, 27, 3, 16), (17, 5, 1, 8)])
 def test_joint_policies_are_the_separate_actors(n, obs_dim, d, hidden):
     torch.manual_seed(0)
@@ -300,7 +315,7 @@ def test_training_is_the_algorithm_in_plain_loops(script, train, options, monkey
     with in_double():
         run = train(**{"update_epochs": 5, "max_grad_norm": 0.15} | options)
         actors = [script.GaussianActor(Rig.obs_dim, 3, SMALL["hidden_size"]) for _ in joints]
-        critics = [script.mlp(Rig.obs_dim, 1, SMALL["hidden_size"], gain=1.0) for _ in joints]
+        critics = [script.MLP(Rig.obs_dim, 1, SMALL["hidden_size"], gain=1.0) for _ in joints]
     for name, networks in zip(PARTS, (actors, critics), strict=True):
         torch.nn.ModuleList(networks).load_state_dict(run.initial[name])
     method, rule = script.__name__.split("_")[0], run.args.action_ratio

@@ -54,7 +54,7 @@ STEPS = ["rollout", "update", "log, evaluate, save"]
 BUDGETS = {
     "a2po_smac": (474, 1589),
     "a2po_mpe": (457, 1468),
-    "a2po_mamujoco": (453, 1166),
+    "a2po_mamujoco": (469, 1182),
     "a2po_grf": (506, 1909),
 }
 
