@@ -869,3 +869,73 @@ def test_sentences(said):
         x, y = (functools.partial(said.measure, run_of(said.folder, script)) for script in scripts)
         wrong += [f"{text}, by the files {error}" for error in difference(text, x, y, said.seeds)]
     assert not wrong, "\n".join(wrong)
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+class Peer(NamedTuple):
+    """A row of the table of other collections' trainers."""
+
+    begins: str
+    file: str
+    peer: str
+    ours: str
+
+    def turns(self) -> list[list[tuple[float, float]]]:
+        """Of theirs, ours with mpe2, ours with jaxmarl: for each turn rollout and update of each iteration, s."""
+        turns = json.loads((RESULTS / f"speed/{self.file}.json").read_text())["peers"][self.peer]["turns"]
+        names = (self.peer, f"{self.ours}, mpe2", f"{self.ours}, jaxmarl")
+        return [[np.array([turn["rollout"], turn["update"]]) for turn in turns[name]] for name in names]
+
+    def numbers(self) -> list[list[float]]:
+        """Of the same three: the mean of the turns' medians, rollout, update, and for ours theirs over it by turn."""
+        turns = self.turns()
+        medians = [[np.median(turn.sum(0)) for turn in of_one] for of_one in turns]
+        numbers = [[np.mean(m), *np.median(np.hstack(of_one), 1)] for m, of_one in zip(medians, turns, strict=True)]
+        return [numbers[0], *([*number, *self.ratios(k)] for k, number in enumerate(numbers[1:], 1))]
+
+    def ratios(self, column: int) -> list[float]:
+        theirs, ours = ([np.median(turn.sum(0)) for turn in self.turns()[k]] for k in (0, column))
+        return [x / y for x, y in zip(theirs, ours, strict=True)]
+
+
+PLAIN = "a2po_mpe, plain blocks"
+PEERS = [
+    Peer("MAPPO, on-policy", "peers-mpe", "on-policy", "mappo_mpe"),
+    Peer("MAPPO, cleanmarl", "peers-mpe", "cleanmarl", "mappo_mpe"),
+    Peer("HAPPO, HARL", "peers-mpe", "harl", "happo_mpe"),
+    Peer("A2PO, the authors' c953380", "peers-mpe", "authors", "a2po_mpe"),
+    Peer("the same on another day", "peers-mpe-authors", "authors", "a2po_mpe"),
+    Peer("the same on a third day", "peers-mpe-authors-2", "authors", "a2po_mpe"),
+    Peer("ours with the paper's plain", "peers-mpe-authors-2", "authors", PLAIN),
+    Peer("and with `--compile`", "peers-mpe-authors-2", "authors", f"{PLAIN}, compiled"),
+    Peer("A2PO, the authors', on a fourth", "peers-mpe-authors-3", "authors", "a2po_mpe"),
+    Peer("ours with plain", "peers-mpe-authors-3", "authors", PLAIN),
+    Peer("and with `--compile`", "peers-mpe-authors-3", "authors", f"{PLAIN}, compiled"),
+]
+
+
+def test_speed_beside_other_collections():
+    _, found = read_table("**Beside other collections**")
+    wrong = []
+    for row, peer in zip(found, PEERS, strict=True):
+        assert row[0].startswith(peer.begins)
+        for cell, numbers in zip(row[1:], peer.numbers(), strict=True):
+            shown = re.findall(r"[\d.]+", cell)
+            if shown and (len(shown) != len(numbers) or not all(map(shows, shown, numbers))):
+                wrong.append(f"{row[0]}: {cell}, by the file {', '.join(f'{x:.4f}' for x in numbers)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_speed_beside_the_authors():
+    """The medians over the turns of the last two days."""
+    said = re.search(
+        r"medians are (.*?) \(mpe2\) and (.*?) \(jaxmarl\).*?, (.*?) and (.*?) compiled, (.*?) and (.*?) with", TEXT
+    )
+    last = PEERS[-6:]
+    medians = [
+        np.median(one.ratios(k) + other.ratios(k))
+        for one, other in zip(last[:3], last[3:], strict=True)
+        for k in (1, 2)
+    ]
+    medians = [*medians[2:], *medians[:2]]  # plain, compiled, cumulative
+    assert all(map(shows, said.groups(), medians)), medians
