@@ -94,7 +94,7 @@ class Settings:
     preopc: bool = True
     """correct advantages for the policies that have changed, Eq. (2); without it they are plain GAE"""
     preopc_targets: bool = True
-    """the critic learns them too, plus V (Algorithms 1 and 2); else its targets stay GAE's, as in the authors' code"""
+    """the critic's targets are the corrected advantages plus V (Algorithms 1, 2); else GAE's (authors' code)"""
     clip_adaptation: float = 0.5
     """c of the adaptive clip (appendix B.4); 1 switches it off"""
     ent_coef: float = 0.0
@@ -217,8 +217,8 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 class MLP(nn.Sequential):
     """LayerNorm, two ReLU layers with LayerNorm after each, linear head (MAPPO default).
 
-    The observations have mean 0 and variance 1 already (`ObservationNormalizer`), once for all networks and epochs.
-    The first LayerNorm's scale and shift act on the weights behind it, so that observations need no gradient.
+    An observation has mean 0 and variance 1 over its numbers already (`ObservationNormalizer`), for all networks.
+    The first LayerNorm's scale and shift act on the weights behind it, of which there are fewer than of observations.
     """
 
     def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float):
@@ -274,7 +274,7 @@ class ValueNormalizer(nn.Module):
 
 class ObservationNormalizer(nn.Module):
     """Running mean and variance of the observations; normalised ones are clipped to 10 (as SB3 and CleanRL do), then
-    each to mean 0 and variance 1 over its numbers, the first part of the networks' LayerNorm."""
+    each is brought to mean 0 and variance 1 over its numbers, which is the first part of the networks' LayerNorm."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -398,7 +398,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # No policy has changed yet: Eq. (2) is GAE. These advantages serve the order, the normaliser and the log.
+            # No policy has changed yet: Eq. (2) is GAE. For the order, the normaliser, the log, --no-preopc-targets.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]

@@ -95,7 +95,7 @@ class Settings:
     preopc: bool = True
     """correct advantages for the policies that have changed, Eq. (2); without it they are plain GAE"""
     preopc_targets: bool = True
-    """the critic learns them too, plus V (Algorithms 1 and 2); else its targets stay GAE's, as in the authors' code"""
+    """the critic's targets are the corrected advantages plus V (Algorithms 1, 2); else GAE's (authors' code)"""
     clip_adaptation: float = 0.5
     """c of the adaptive clip (appendix B.4); 1 switches it off"""
     recurrent: bool = True
@@ -209,7 +209,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
+    """Values (..., n); those of dead or sent-off agents, not trained, are replaced by the living's mean (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
@@ -402,7 +402,7 @@ def main(args: "Args"):
             run.lap("rollout")
 
             # -------------------------------------------------------------------------------------------- update
-            # No policy has changed yet: Eq. (2) is GAE. These advantages serve the order, the normaliser and the log.
+            # No policy has changed yet: Eq. (2) is GAE. For the order, the normaliser, the log, --no-preopc-targets.
             unchanged = torch.ones_like(done)
             advantages = preopc_advantages(rewards, values, terminated, done, unchanged, gamma, gae_lambda)
             targets = advantages + values[:-1]

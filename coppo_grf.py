@@ -6,7 +6,7 @@
 """CoPPO (coordinated PPO, Wu et al., 2021) on Google Research Football's game engine.
 
 The baseline that updates all agents simultaneously but weighs each with the clipped ratio of all others. It is CoPPO
-without its credit-assignment mixer, of which the paper does not speak. Parameters are each agent's own or shared
+without its mixer of values, which the paper has in Sec. 2 alone. Parameters are each agent's own or shared
 by all. Actor and critic are recurrent. All outfield players of the left team are agents, in the counter-attack drills
 the four attackers; the engine's built-in AI plays everyone else.
 The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
@@ -186,7 +186,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
+    """Values (..., n); those of dead or sent-off agents, not trained, are replaced by the living's mean (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 

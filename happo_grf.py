@@ -7,7 +7,7 @@
 
 The baseline that updates agents one after the other, in random order: one rollout, GAE, and each agent's advantage
 multiplied by the unclipped ratio of the agents that have changed before it. Parameters are each agent's own, as HAPPO
-has them, or shared by all, where everyone has changed. Actor and critic are recurrent. All outfield players of the left
+has them, or shared by all, where everyone else has. Actor and critic are recurrent. All outfield players of the left
 team are agents, in the counter-attack drills the four attackers; the engine's built-in AI plays everyone else.
 The paper, its tables and figures, and the authors are A2PO's (Wang et al., ICLR 2023).
 
@@ -187,7 +187,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
+    """Values (..., n); those of dead or sent-off agents, not trained, are replaced by the living's mean (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 

@@ -200,8 +200,8 @@ def hidden_layer(inputs: int, outputs: int) -> list[nn.Module]:
 class MLP(nn.Sequential):
     """LayerNorm, two ReLU layers with LayerNorm after each, linear head (MAPPO default).
 
-    The observations have mean 0 and variance 1 already (`ObservationNormalizer`), once for all networks and epochs.
-    The first LayerNorm's scale and shift act on the weights behind it, so that observations need no gradient.
+    An observation has mean 0 and variance 1 over its numbers already (`ObservationNormalizer`), for all networks.
+    The first LayerNorm's scale and shift act on the weights behind it, of which there are fewer than of observations.
     """
 
     def __init__(self, inputs: int, outputs: int, hidden_size: int, gain: float):
@@ -257,7 +257,7 @@ class ValueNormalizer(nn.Module):
 
 class ObservationNormalizer(nn.Module):
     """Running mean and variance of the observations; normalised ones are clipped to 10 (as SB3 and CleanRL do), then
-    each to mean 0 and variance 1 over its numbers, the first part of the networks' LayerNorm."""
+    each is brought to mean 0 and variance 1 over its numbers, which is the first part of the networks' LayerNorm."""
 
     def __init__(self, size: int):
         super().__init__()

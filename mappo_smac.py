@@ -190,7 +190,7 @@ def normalize_advantages(advantages, sample):
 
 
 def values_for_the_dead(values, alive):
-    """Values (..., n); the dead's (or sent-off's) are not trained: the mean of the living replaces them (ours)."""
+    """Values (..., n); those of dead or sent-off agents, not trained, are replaced by the living's mean (ours)."""
     return torch.where(alive.bool(), values, masked_mean(values, alive, dim=-1).unsqueeze(-1))
 
 
