@@ -778,6 +778,16 @@ SENTENCES = [
         },
     ),
     Said(
+        "value-clip/spread-3-0-jaxmarl",
+        TO_500K,
+        SIX,
+        {
+            "0.37 above MAPPO": (A2PO_MPE, f"{TWICE}/spread-3-0-jaxmarl/mappo_mpe"),
+            "0.38 above CoPPO": (A2PO_MPE, f"{TWICE}/spread-3-0-jaxmarl/coppo_mpe"),
+            "0.04 above HAPPO": (A2PO_MPE, f"{TWICE}/spread-3-0-jaxmarl/happo_mpe"),
+        },
+    ),
+    Said(
         "figure10-authors/spread-3-0-jaxmarl",
         TO_1M,
         SIX,
@@ -871,6 +881,32 @@ def test_sentences(said):
     assert not wrong, "\n".join(wrong)
 
 
+# ---------------------------------------------------------------------------------------------- ratios over the robots
+PRODUCT = ("action-ratio/{}/a2po_mamujoco", "figure3/{}/a2po_mamujoco")
+WITHOUT_IT = ("figure13/{0}/a2po_mamujoco+figure3/{0}/a2po_mamujoco", "figure13/{0}/a2po_mamujoco-no-preopc")
+RATIOS = {
+    "its area 1.14 times": (PRODUCT, {"Ant-4x2": 2, "Humanoid-9_8": 2}),
+    "with eight it is 1.12 times": (PRODUCT, {"Ant-4x2": 2, "Humanoid-9_8": 6}),
+    "Walker2d's six 1.10 (": (PRODUCT, {"Ant-4x2": 2, "Humanoid-9_8": 6, "Walker2d-2x3": 6}),
+    "over all seventeen 1.13 (": (PRODUCT, {"Ant-4x2": 2, "Humanoid-9_8": 6, "Walker2d-2x3": 6, "HalfCheetah-2x3": 3}),
+    "nine pairs, A2PO's area is 0.88 times": (WITHOUT_IT, {"HalfCheetah-6x1": 6, "Humanoid-9_8": 3}),
+}
+
+
+@pytest.mark.parametrize("begin", RATIOS)
+def test_ratios_over_robots(begin):
+    """The geometric mean of the areas' ratios over all pairs of seeds, and the p of a t test of their logarithms."""
+    stats = pytest.importorskip("scipy.stats")
+    (x, y), robots = RATIOS[begin]
+    runs = [(robot, seed) for robot, seeds in robots.items() for seed in range(1, seeds + 1)]
+    logs = np.log([TO_2M(x.format(robot), seed) / TO_2M(y.format(robot), seed) for robot, seed in runs])
+    (place,) = (match.start() for match in re.finditer(re.escape(begin), TEXT))
+    mean = re.search(r"\d\.\d+", TEXT[place:])[0]
+    p = re.search(r"p = ([\d.]*\d)", TEXT[place:])[1]
+    assert shows(mean, np.exp(logs.mean())), np.exp(logs.mean())
+    assert shows(p, stats.ttest_1samp(logs, 0).pvalue), stats.ttest_1samp(logs, 0).pvalue
+
+
 # -------------------------------------------------------------------------------------------------------------- speed
 class Peer(NamedTuple):
     """A row of the table of other collections' trainers."""
@@ -929,7 +965,8 @@ def test_speed_beside_other_collections():
 def test_speed_beside_the_authors():
     """The medians over the turns of the last two days."""
     said = re.search(
-        r"medians are (.*?) \(mpe2\) and (.*?) \(jaxmarl\).*?, (.*?) and (.*?) compiled, (.*?) and (.*?) with", TEXT
+        r"days the medians are (.*?) \(mpe2\) and (.*?) \(jaxmarl\).*?, (.*?) and (.*?) compiled, (.*?) and (.*?) with",
+        TEXT,
     )
     last = PEERS[-6:]
     medians = [
