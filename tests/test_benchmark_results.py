@@ -190,6 +190,19 @@ def second_step_for_all() -> Table:
     return Table("**The second step for all", rows("critic-twice-baselines/3s5z-smax", "smac")[:3], columns)
 
 
+def eight_epochs_and_second_step_for_all() -> Table:
+    """On 3s5z, where nothing differs but the algorithm."""
+    area, a2po = percent("area"), "equal-critic/3s5z-smax/a2po_smac"
+    columns = {
+        "area": area,
+        "mean": "mean",
+        "A2PO over it": Difference(lambda run, seed: area(a2po, seed), area),
+        "8 epochs over 5": Difference(area, Elsewhere(area, "equal-critic", "critic-twice-baselines")),
+        "win rate": percent("score"),
+    }
+    return Table("**8 epochs and the second step for all", rows("equal-critic/3s5z-smax", "smac"), columns)
+
+
 def launch(before: str, game: str) -> Table:
     """The settings of the authors' launch scripts on MPE."""
     once, twice = (f"figure10-critic-{times}/{game}/a2po_mpe" for times in ("once", "twice"))
@@ -407,6 +420,7 @@ TABLES = [
         "**Looking for the reason: the critic", rows("critic-twice/3s5z-smax", "", A2PO="a2po_smac"), AREA_OF_RETURNS
     ),
     second_step_for_all(),
+    eight_epochs_and_second_step_for_all(),
     Table(
         "The measure is the area under",
         [
@@ -857,6 +871,18 @@ SENTENCES = [
         },
     ),
     Said(
+        "equal-critic/3s5z-smax",
+        percent("area"),
+        SIX,
+        {
+            "1.4 lower (-6.6": ("critic-twice/3s5z-smax/a2po_smac", A2PO_SMAC),
+            "10.9 above MAPPO": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/mappo_smac"),
+            "6.9 above CoPPO": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/coppo_smac"),
+            "7.6 above HAPPO": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/happo_smac"),
+            "13.0 (7.6 to": (A2PO_SMAC, "value-clip/3s5z-smax/a2po_smac"),
+        },
+    ),
+    Said(
         "preopc/10x320/3s5z-smax",
         AREA,
         SIX,
@@ -879,6 +905,28 @@ def test_sentences(said):
         x, y = (functools.partial(said.measure, run_of(said.folder, script)) for script in scripts)
         wrong += [f"{text}, by the files {error}" for error in difference(text, x, y, said.seeds)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_behaviour():
+    """Table 3's, over the last ten evaluations; passes that arrived, in per cent of those tried."""
+    head, found = read_table("In Table 3's format")
+    wrong = []
+    for label, *row in found:
+        for name, cell in zip(head[1:], row, strict=True):
+            values = []
+            for seed in (1, 2):
+                file = RESULTS / f"figure4/academy_pass_and_shoot_with_keeper/{ALGORITHMS[name]}_grf__{seed}.jsonl"
+                last = [json.loads(line) for line in file.read_text().splitlines()][-10:]
+                count = {what: sum(sum(record[what]) for record in last) for what in ("pass", "attempts")}
+                metric = label.lower()
+                if metric == "pass rate, %":
+                    values.append(100 * count["pass"] / count["attempts"])
+                else:
+                    values.append(np.mean([x for record in last for x in record[metric]]))
+            mean, std = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cell).groups()
+            if not shows(mean, np.mean(values)) or not shows(std, np.std(values, ddof=1)):
+                wrong.append(f"{label}, {name}: {cell}, by the files {values}")
+    assert len(found) == 5 and not wrong, "\n".join(wrong)
 
 
 # ---------------------------------------------------------------------------------------------- ratios over the robots
@@ -934,7 +982,7 @@ class Peer(NamedTuple):
         return [x / y for x, y in zip(theirs, ours, strict=True)]
 
 
-PLAIN = "a2po_mpe, plain blocks"
+PLAIN, PAUSED = "a2po_mpe, plain blocks", "long runs, paused"
 PEERS = [
     Peer("MAPPO, on-policy", "peers-mpe", "on-policy", "mappo_mpe"),
     Peer("MAPPO, cleanmarl", "peers-mpe", "cleanmarl", "mappo_mpe"),
@@ -947,6 +995,9 @@ PEERS = [
     Peer("A2PO, the authors', on a fourth", "peers-mpe-authors-3", "authors", "a2po_mpe"),
     Peer("ours with plain", "peers-mpe-authors-3", "authors", PLAIN),
     Peer("and with `--compile`", "peers-mpe-authors-3", "authors", f"{PLAIN}, compiled"),
+    Peer("A2PO, the authors', on a fifth", "peers-mpe-authors-4", "authors", "a2po_mpe"),
+    Peer("ours with plain", "peers-mpe-authors-4", "authors", PLAIN),
+    Peer("and with `--compile`", "peers-mpe-authors-4", "authors", f"{PLAIN}, compiled"),
 ]
 
 
@@ -963,16 +1014,34 @@ def test_speed_beside_other_collections():
 
 
 def test_speed_beside_the_authors():
-    """The medians over the turns of the last two days."""
+    """The medians over the turns of the last three days."""
     said = re.search(
         r"days the medians are (.*?) \(mpe2\) and (.*?) \(jaxmarl\).*?, (.*?) and (.*?) compiled, (.*?) and (.*?) with",
         TEXT,
     )
-    last = PEERS[-6:]
-    medians = [
-        np.median(one.ratios(k) + other.ratios(k))
-        for one, other in zip(last[:3], last[3:], strict=True)
-        for k in (1, 2)
-    ]
+    days = zip(PEERS[-9:-6], PEERS[-6:-3], PEERS[-3:], strict=True)
+    medians = [np.median(sum((day.ratios(k) for day in same), [])) for same in days for k in (1, 2)]
     medians = [*medians[2:], *medians[:2]]  # plain, compiled, cumulative
     assert all(map(shows, said.groups(), medians)), medians
+
+
+def test_speed_of_mujoco_beside_the_first_script():
+    """Seconds of an iteration, the first script's over today's, by turn and by the medians."""
+    turns = json.loads((RESULTS / "speed/mujoco-ant-4x2-first-2.json").read_text())["turns"]
+    said = re.search(
+        r"an update from ([\d.]+) to ([\d.]+) s, an iteration from ([\d.]+) to ([\d.]+) \(medians\).*?"
+        r"iteration is ([\d., and]+) times as fast in these turns, ([\d.]+) by the medians; with nothing beside, in "
+        r"six more, "
+        r"([\d., and]+), by the medians ([\d.]+) \(",
+        TEXT,
+    )
+    numbers = [float(number) for group in said.groups() for number in re.findall(r"[\d.]+\d", group)]
+
+    def of(commit: str, beside: str, what: str) -> np.ndarray:
+        return np.array([t[what] for t in turns if t["commit"] == commit and t["beside"] == beside])
+
+    expected = [np.median(of(c, PAUSED, what)) for what in ("update", "iteration") for c in ("aa74fee", "d2518ed")]
+    for beside, commit in ((PAUSED, "d2518ed"), ("nothing", "3f5c3bc")):
+        first, today = of("e7c0077", beside, "iteration"), of(commit, beside, "iteration")
+        expected += [*(first / today), np.median(first) / np.median(today)]
+    assert len(numbers) == len(expected) and np.abs(np.array(numbers) - expected).max() < 0.00501, expected
