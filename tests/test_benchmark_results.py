@@ -917,12 +917,11 @@ def test_behaviour():
             for seed in (1, 2):
                 file = RESULTS / f"figure4/academy_pass_and_shoot_with_keeper/{ALGORITHMS[name]}_grf__{seed}.jsonl"
                 last = [json.loads(line) for line in file.read_text().splitlines()][-10:]
-                count = {what: sum(sum(record[what]) for record in last) for what in ("pass", "attempts")}
-                metric = label.lower()
-                if metric == "pass rate, %":
-                    values.append(100 * count["pass"] / count["attempts"])
-                else:
-                    values.append(np.mean([x for record in last for x in record[metric]]))
+                means = {
+                    k: np.mean([record[k] for record in last]) for k in ("assist", "goal", "lost", "pass", "attempts")
+                }
+                means["pass rate, %"] = 100 * means["pass"] / means["attempts"]
+                values.append(means[label.lower()])
             mean, std = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cell).groups()
             if not shows(mean, np.mean(values)) or not shows(std, np.std(values, ddof=1)):
                 wrong.append(f"{label}, {name}: {cell}, by the files {values}")
@@ -964,8 +963,8 @@ class Peer(NamedTuple):
     peer: str
     ours: str
 
-    def turns(self) -> list[list[tuple[float, float]]]:
-        """Of theirs, ours with mpe2, ours with jaxmarl: for each turn rollout and update of each iteration, s."""
+    def turns(self) -> list[list[np.ndarray]]:
+        """Of theirs, ours with mpe2, ours with jaxmarl: for each turn (2, iterations), seconds of rollout and update."""
         turns = json.loads((RESULTS / f"speed/{self.file}.json").read_text())["peers"][self.peer]["turns"]
         names = (self.peer, f"{self.ours}, mpe2", f"{self.ours}, jaxmarl")
         return [[np.array([turn["rollout"], turn["update"]]) for turn in turns[name]] for name in names]
@@ -1031,8 +1030,7 @@ def test_speed_of_mujoco_beside_the_first_script():
     said = re.search(
         r"an update from ([\d.]+) to ([\d.]+) s, an iteration from ([\d.]+) to ([\d.]+) \(medians\).*?"
         r"iteration is ([\d., and]+) times as fast in these turns, ([\d.]+) by the medians; with nothing beside, in "
-        r"six more, "
-        r"([\d., and]+), by the medians ([\d.]+) \(",
+        r"six more, ([\d., and]+), by the medians ([\d.]+) \(",
         TEXT,
     )
     numbers = [float(number) for group in said.groups() for number in re.findall(r"[\d.]+\d", group)]
