@@ -964,7 +964,7 @@ class Peer(NamedTuple):
     ours: str
 
     def turns(self) -> list[list[np.ndarray]]:
-        """Of theirs, ours with mpe2, ours with jaxmarl: for each turn (2, iterations), seconds of rollout and update."""
+        """Of theirs, ours with mpe2, ours with jaxmarl: for each turn (2, iterations), rollout and update in s."""
         turns = json.loads((RESULTS / f"speed/{self.file}.json").read_text())["peers"][self.peer]["turns"]
         names = (self.peer, f"{self.ours}, mpe2", f"{self.ours}, jaxmarl")
         return [[np.array([turn["rollout"], turn["update"]]) for turn in turns[name]] for name in names]
