@@ -1030,7 +1030,8 @@ def test_speed_of_mujoco_beside_the_first_script():
     said = re.search(
         r"an update from ([\d.]+) to ([\d.]+) s, an iteration from ([\d.]+) to ([\d.]+) \(medians\).*?"
         r"iteration is ([\d., and]+) times as fast in these turns, ([\d.]+) by the medians; with nothing beside, in "
-        r"six more, ([\d., and]+), by the medians ([\d.]+) \(",
+        r"six more, ([\d., and]+), by the medians ([\d.]+); on another day, long runs paused again, in four, "
+        r"([\d., and]+), by the medians ([\d.]+) \(",
         TEXT,
     )
     numbers = [float(number) for group in said.groups() for number in re.findall(r"[\d.]+\d", group)]
@@ -1039,7 +1040,21 @@ def test_speed_of_mujoco_beside_the_first_script():
         return np.array([t[what] for t in turns if t["commit"] == commit and t["beside"] == beside])
 
     expected = [np.median(of(c, PAUSED, what)) for what in ("update", "iteration") for c in ("aa74fee", "d2518ed")]
-    for beside, commit in ((PAUSED, "d2518ed"), ("nothing", "3f5c3bc")):
+    for beside, commit in ((PAUSED, "d2518ed"), ("nothing", "3f5c3bc"), (f"{PAUSED}, another day", "bff5368")):
         first, today = of("e7c0077", beside, "iteration"), of(commit, beside, "iteration")
         expected += [*(first / today), np.median(first) / np.median(today)]
     assert len(numbers) == len(expected) and np.abs(np.array(numbers) - expected).max() < 0.00501, expected
+
+
+def test_what_is_left_on_mujoco():
+    """Medians of seconds: a rollout, EnvPool's steps in it, an update, its matrix products; rollouts in two halves."""
+    raw = json.loads((RESULTS / "speed/mujoco-halves.json").read_text())
+    rollout, physics, *halves = (np.median(seconds) for seconds in raw["seconds"].values())
+    update, products = (np.median(raw["update"][name]) for name in ("update", "products"))
+    said = re.search(
+        r"Of a rollout of ([\d.]+) s ([\d.]+) are EnvPool's.*?of an update of ([\d.]+) s ([\d.]+) are the matrix "
+        r"products.*?are slower, ([\d.]+) to ([\d.]+) s a rollout",
+        TEXT,
+    )
+    numbers = (rollout, physics, update, products, min(halves), max(halves))
+    assert all(map(shows, said.groups(), numbers)), numbers
