@@ -1817,18 +1817,18 @@ def complete_args(args: Args) -> Args:
 
 def check_args(args: Args):
     """What holds for all options of a kind."""
+    limits = {"seed": (0, 2147483), "torch_threads": (1, 1024), "hidden_size": (1, 8192)}
+    limits |= dict.fromkeys(("num_envs", "eval_episodes"), (1, 65536))
+    limits |= dict.fromkeys(("gamma", "gae_lambda", "clip_adaptation", "local_ratio"), (0, 1))
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name == "seed":
-            if not 0 <= value <= 2147483:
-                usage_error(option, value, "must be within 0 and 2147483")
-        elif name == "torch_threads" and not 1 <= value <= 1024:
-            usage_error(option, value, "must be within 1 and 1024")
+        if name in limits:
+            low, high = limits[name]
+            if not low <= value <= high:
+                usage_error(option, value, f"must be within {low} and {high}")
         elif type(value) is int and value < 1:
             limit = ", and at most the number of agents" if name == "agent_blocks" else ""
             usage_error(option, value, "must be at least 1" + limit)
-        elif name in ("gamma", "gae_lambda", "clip_adaptation", "local_ratio") and not 0 <= value <= 1:
-            usage_error(option, value, "must be within 0 and 1")
         elif name == "worker_timeout" and not 0 < value <= 1e6:
             usage_error(option, value, "must be a number above 0, and at most 1e6")
         elif name == "huber_delta" and not 0 < value < math.inf:

@@ -35,7 +35,7 @@ ANYWHERE = [
     *[f"--{name} -3" for name in "num-envs num-workers agent-blocks".split()],
     *[f"--{name} {x}" for name in "learning-rate worker-timeout".split() for x in ("-0.1", "nan", "inf")],
     "--worker-timeout 1000001.0",
-    "--torch-threads 1025",
+    *["--torch-threads 1025", "--hidden-size 8193", "--num-envs 65537", "--eval-episodes 65537"],
     *[f"--{name} {x}" for name in "clip-coef ent-coef max-grad-norm huber-delta".split() for x in ("-1.0", "nan")],
     *[f"--{name} {x}" for name in "gamma gae-lambda clip-adaptation".split() for x in ("1.5", "-0.5", "nan")],
     "--seed -1",

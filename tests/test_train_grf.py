@@ -390,7 +390,7 @@ def test_a_checkpoint_is_evaluated(script, tmp_path, monkeypatch, capsys):
         ("--agent-blocks 5", "--agent-blocks 5: must be within 1 and 4, the number of agents"),
         ("--num-steps 15", "--num-steps 15: must be a multiple of --chunk-length 10"),
         ("--reward-goal -1", "--reward-goal -1.0: must be a number of at least 0"),
-        ("--num-envs 0", "--num-envs 0: must be at least 1"),
+        ("--num-envs 0", "--num-envs 0: must be within 1 and 65536"),
     ],
 )
 def test_bad_options_are_one_line(script, options, message, monkeypatch, capsys):
