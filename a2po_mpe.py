@@ -293,25 +293,27 @@ def rollout_values(critic, inputs, hidden, start):
     return values.view(shape), torch.cat([hidden[None], states.view(*shape, -1)[:-1]])
 
 
-def run_chunks(network, inputs, hidden, start, sample, chunk_length):
-    """A network's outputs (T, N, k, outputs) from inputs (T, N, k, inputs), for back-propagation through time.
+def run_chunks(network, inputs, hidden, rollout, agents):
+    """A network's outputs (T, N, k, outputs) for the k agents at hand, for back-propagation through time.
 
-    Gradients go back through chunks of the rollout, each from the GRU's state that was stored before it: hidden
-    (T, N, k, H), start (T, N). Chunks where sample (T, N, k) is 0 throughout are left out; their outputs are zeros.
+    inputs (T, N, n, inputs) and hidden (T, N, n, H) are everyone's; what they have beyond step T is not used. Gradients
+    go back through chunks of the rollout, each from the GRU's state that was stored before it. Chunks without a sample
+    are left out; their outputs are zeros.
     """
-    T, N, k = sample.shape
-    # Where the steps of each chunk stand among all T * N * k: (chunk_length, chunks with a sample).
-    places = torch.arange(T * N * k, device=sample.device).view(T // chunk_length, chunk_length, N, k)
+    T, N, n = rollout.sample.shape
+    # Where the steps of each chunk stand among all T * N * n: (chunk_length, chunks with a sample).
+    places = torch.arange(T * N * n, device=agents.device).view(-1, rollout.chunk_length, N, n)[..., agents]
     places = places.transpose(0, 1).flatten(1)
-    places = places[:, sample.flatten()[places].any(0)]
+    places = places[:, rollout.sample.flatten()[places].any(0)]
 
-    def fold(x):  # (T, N, k, ...) -> (chunk_length, chunks, ...)
+    def fold(x):  # (T, N, n, ...) -> (chunk_length, chunks, ...)
         return x.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
 
-    start = fold(start.unsqueeze(-1).expand(sample.shape))
+    start = fold(rollout.start.unsqueeze(-1).expand(-1, -1, n))
     outputs, _ = network(fold(inputs), hidden.flatten(0, 2)[places[0]], start)
-    whole = outputs.new_zeros(T * N * k, outputs.shape[-1])
-    return whole.index_copy(0, places.flatten(), outputs.flatten(0, 1)).unflatten(0, sample.shape)
+    whole = outputs.new_zeros(T * N * n, outputs.shape[-1])
+    whole = whole.index_copy(0, places.flatten(), outputs.flatten(0, 1)).unflatten(0, (T, N, n))
+    return whole.index_select(2, agents)
 
 
 def policy_change(actor, rollout, agents):
@@ -320,12 +322,10 @@ def policy_change(actor, rollout, agents):
     Returns log r (T, N, k), r = new / old probability of the action taken, with 0 where there is no sample; and the
     entropy of the policy now (T, N, k).
     """
-    obs, hidden = rollout.obs[:-1].index_select(2, agents), rollout.actor_hidden.index_select(2, agents)
-    sample = rollout.sample[..., agents]
-    logits = run_chunks(actor, obs, hidden, rollout.start[:-1], sample, rollout.chunk_length)
+    logits = run_chunks(actor, rollout.obs, rollout.actor_hidden, rollout, agents)
     policy = masked_policy(logits, rollout.action_mask[:-1, :, agents])
     log_ratio = policy.log_prob(rollout.actions[..., agents]) - rollout.log_probs[..., agents]
-    return (log_ratio * sample).clamp(-20, 20), policy.entropy()
+    return (log_ratio * rollout.sample[..., agents]).clamp(-20, 20), policy.entropy()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -427,11 +427,9 @@ def main(args: "Args"):
                     actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                     actor_optimizer.step()
 
-                    inputs = critic_inputs[:-1].index_select(2, agents)
-                    stored, start = critic_hidden[:-1].index_select(2, agents), rollout.start[:-1]
                     normalized_targets, old = normalizer.normalize(targets[..., agents]), old_values[:-1, :, agents]
                     for _ in range(args.critic_steps):
-                        new_values = run_chunks(critic, inputs, stored, start, sample, args.chunk_length).squeeze(-1)
+                        new_values = run_chunks(critic, critic_inputs, critic_hidden, rollout, agents).squeeze(-1)
                         losses = value_loss(new_values, old, normalized_targets, args.clip_coef, args.huber_delta)
                         critic_loss = masked_mean(losses, sample)
                         critic_optimizer.zero_grad()

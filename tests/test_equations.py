@@ -711,43 +711,50 @@ def unfolded(network, inputs, hidden, start, sample, L):
 
 
 def chunky(module):
+    """A network; inputs and states of three agents in two environments, with a last look after step 12; the rollout."""
     torch.manual_seed(0)
-    T, N, k, L, H = 12, 2, 3, 4, 8
+    T, N, n, L, H = 12, 2, 3, 4, 8
     network = module.RecurrentNetwork(5, 4, H, gain=1.0)
-    inputs, hidden, start = torch.randn(T, N, k, 5), torch.randn(T, N, k, H), torch.zeros(T, N)
+    inputs, hidden, start = torch.randn(T + 1, N, n, 5), torch.randn(T + 1, N, n, H), torch.zeros(T + 1, N)
     start[0, 0] = start[2, 1] = start[4, 0] = start[7, 1] = start[10, 0] = 1
-    sample = torch.ones(T, N, k)
+    sample = torch.ones(T, N, n)
     sample[4:8, 1, 2] = sample[0, 0, 0] = sample[5:8, 0, 1] = 0
-    return network, inputs, hidden, start, sample, L
+    return network, inputs, hidden, SimpleNamespace(start=start, sample=sample, chunk_length=L)
 
 
 @scripts_with("run_chunks")
 def test_chunks_are_run_by_themselves(module):
     """Outputs are those of each chunk alone, from the state stored before it; a chunk without samples gives zeros."""
-    network, inputs, hidden, start, sample, L = chunky(module)
-    outputs = module.run_chunks(network, inputs, hidden, start, sample, L)
-    assert outputs.shape == (12, 2, 3, 4)
-    for t, e, i, expected in unfolded(network, inputs, hidden, start, sample, L):
-        if sample[t : t + L, e, i].any():
-            torch.testing.assert_close(outputs[t : t + L, e, i], expected)
+    network, inputs, hidden, rollout = chunky(module)
+    everyone = module.run_chunks(network, inputs, hidden, rollout, torch.arange(3))
+    assert everyone.shape == (12, 2, 3, 4)
+    for t, e, i, expected in unfolded(network, inputs[:12], hidden, rollout.start, rollout.sample, 4):
+        if rollout.sample[t : t + 4, e, i].any():
+            torch.testing.assert_close(everyone[t : t + 4, e, i], expected)
         else:
-            assert (t, e, i) == (4, 1, 2) and (outputs[t : t + L, e, i] == 0).all()
-    whole = module.run_chunks(network, inputs[:4], hidden[:4], start[:4], sample[:4], 4)
-    torch.testing.assert_close(whole, outputs[:4])
+            assert (t, e, i) == (4, 1, 2) and (everyone[t : t + 4, e, i] == 0).all()
+    for agents in ([2, 0], [1]):
+        outputs = module.run_chunks(network, inputs, hidden, rollout, torch.tensor(agents))
+        torch.testing.assert_close(outputs, everyone[:, :, agents])
+    # Without a last look, and with one chunk.
+    first = SimpleNamespace(start=rollout.start[:4], sample=rollout.sample[:4], chunk_length=4)
+    outputs = module.run_chunks(network, inputs[:4], hidden[:4], first, torch.arange(3))
+    torch.testing.assert_close(outputs, everyone[:4])
 
 
 @scripts_with("run_chunks")
 def test_gradients_stop_at_the_borders_of_chunks(module):
     """An output depends on its own chunk's inputs up to its step, and, through the stored state, on none before."""
-    network, inputs, hidden, start, sample, L = chunky(module)
+    network, inputs, hidden, rollout = chunky(module)
     inputs.requires_grad_()
-    outputs = module.run_chunks(network, inputs, hidden, 0 * start, sample, L)
-    outputs[10, 1, 2].sum().backward()
+    begin, rollout.start = rollout.start, 0 * rollout.start
+    outputs = module.run_chunks(network, inputs, hidden, rollout, torch.tensor([2, 0]))
+    outputs[10, 1, 0].sum().backward()
     reached = (inputs.grad != 0).any(-1).nonzero().tolist()
     assert reached == [[8, 1, 2], [9, 1, 2], [10, 1, 2]]
-    inputs.grad = None
-    outputs = module.run_chunks(network, inputs, hidden, start, sample, L)
-    outputs[10, 0, 2].sum().backward()
+    inputs.grad, rollout.start = None, begin
+    outputs = module.run_chunks(network, inputs, hidden, rollout, torch.tensor([2, 0]))
+    outputs[10, 0, 0].sum().backward()
     assert (inputs.grad != 0).any(-1).nonzero().tolist() == [[10, 0, 2]], "an episode begins there"
 
 

@@ -52,10 +52,10 @@ SECTIONS += ["environments", "the run"]
 STEPS = ["rollout", "update", "log, evaluate, save"]
 # Script: last line of main, where the paper ends, and the number of lines.
 BUDGETS = {
-    "a2po_smac": (474, 1589),
-    "a2po_mpe": (457, 1468),
+    "a2po_smac": (472, 1587),
+    "a2po_mpe": (455, 1466),
     "a2po_mamujoco": (469, 1182),
-    "a2po_grf": (506, 1909),
+    "a2po_grf": (504, 1907),
 }
 
 
