@@ -200,7 +200,8 @@ def eight_epochs_and_second_step_for_all() -> Table:
         "8 epochs over 5": Difference(area, Elsewhere(area, "equal-critic", "critic-twice-baselines")),
         "win rate": percent("score"),
     }
-    return Table("**8 epochs and the second step for all", rows("equal-critic/3s5z-smax", "smac"), columns)
+    runs = [*rows("equal-critic/3s5z-smax", "smac"), ("A2PO, five", "critic-five/3s5z-smax/a2po_smac")]
+    return Table("**8 epochs and the second step for all", runs, columns)
 
 
 def launch(before: str, game: str) -> Table:
@@ -880,6 +881,16 @@ SENTENCES = [
             "6.9 above CoPPO": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/coppo_smac"),
             "7.6 above HAPPO": (A2PO_SMAC, "critic-twice-baselines/3s5z-smax/happo_smac"),
             "13.0 (7.6 to": (A2PO_SMAC, "value-clip/3s5z-smax/a2po_smac"),
+        },
+    ),
+    Said(
+        "equal-critic/3s5z-smax",
+        percent("area"),
+        SIX,
+        {
+            "1.7 below MAPPO (-7.6": ("critic-five/3s5z-smax/a2po_smac", "mappo_smac"),
+            "0.5 above CoPPO (-7.3": ("critic-five/3s5z-smax/a2po_smac", "coppo_smac"),
+            "4.7 above HAPPO (-4.0": ("critic-five/3s5z-smax/a2po_smac", "happo_smac"),
         },
     ),
     Said(
