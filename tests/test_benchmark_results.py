@@ -691,6 +691,8 @@ SENTENCES = [
         SIX,
         {
             "290 above MAPPO's": (A2PO, MAPPO),
+            "139 below it": (A2PO, HAPPO),
+            "429 above MAPPO's": (HAPPO, MAPPO),
             "326 above MAPPO's": (COPPO, MAPPO),
             "291 above the mean's": ("action-ratio/Humanoid-9_8/a2po_mamujoco", A2PO),
         },
@@ -700,7 +702,6 @@ SENTENCES = [
         AREA,
         THREE,
         {
-            "57 below HAPPO's": (A2PO, HAPPO),
             "210 below that": (A2PO, f"figure13/Humanoid-9_8/{WITHOUT}"),
             "238 below HAPPO's": (f"figure13/Humanoid-9_8/{WITH}", HAPPO),
             "674 above MAPPO's": (f"figure13/Humanoid-9_8/{V_TRACE}", MAPPO),
