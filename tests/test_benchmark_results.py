@@ -606,6 +606,18 @@ def test_tasks_of_a_kind(before, rows):
     assert not wrong, "\n".join(wrong)
 
 
+def test_in_short():
+    """The rows are those of the tables that it is the short of, without their intervals."""
+    _, found = read_table("**Is A2PO ahead?**")
+    _, every = read_table("Our question: does the paper's claim")
+    longer = [["", "", *(f"{gap}, {ahead}, p = {p}" for x, _, _, _, gap, ahead, p, _ in every if x == "A2PO")]]
+    for before in ("**No: in the first 10", "**The launch scripts' settings"):
+        longer += [["", *row] for row in read_table(before)[1]]
+    longer = [[re.sub(r" \([^)]*\)", "", cell).replace("ahead in ", "") for cell in row[2:]] for row in longer]
+    shared, each = [[f"{cell}" for cell in row] for row in longer[1:3]]
+    assert [row[2:] for row in found] == [longer[0], shared, each, longer[3]]
+
+
 # ---------------------------------------------------------------------------------------------------------- sentences
 class Said(NamedTuple):
     """Differences of runs that are paired by seed, X - Y, each followed by a bracket with its interval."""
