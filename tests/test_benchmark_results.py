@@ -204,6 +204,19 @@ def eight_epochs_and_second_step_for_all() -> Table:
     return Table("**8 epochs and the second step for all", runs, columns)
 
 
+def two_steps_for_all() -> Table:
+    """Table 10's settings in MPE's general-sum game."""
+    a2po = "equal-critic/spread-3-0.5-jaxmarl/a2po_mpe"
+    columns = {
+        "area": TO_500K,
+        "mean": "mean",
+        "A2PO over it": Difference(lambda run, seed: TO_500K(a2po, seed), TO_500K),
+        "over the launch": Difference(TO_500K, Elsewhere(TO_500K, "equal-critic", "figure10-authors")),
+        "score": Measure("score", 5.03e5),
+    }
+    return Table("**General-sum with the same settings", rows("equal-critic/spread-3-0.5-jaxmarl", "mpe"), columns)
+
+
 def launch(before: str, game: str) -> Table:
     """The settings of the authors' launch scripts on MPE."""
     once, twice = (f"figure10-critic-{times}/{game}/a2po_mpe" for times in ("once", "twice"))
@@ -378,6 +391,7 @@ TABLES = [
     launch("**The same with the settings", "spread-3-0-jaxmarl"),
     equal_settings(),
     launch("**General-sum with the settings", "spread-3-0.5-jaxmarl"),
+    two_steps_for_all(),
     Table(
         "**Depth, cumulative blocks, length of the rollout.** A2PO",
         rows(
@@ -563,6 +577,9 @@ EACH = [
 ]
 
 
+COOPERATIVE = "spread-3-0-jaxmarl"
+
+
 def launched(mpe: str = "", easy: str = "critic-twice/3s5z-smax/a2po_smac") -> list[Game]:
     """With the launch settings, but for A2PO's runs of these folders."""
     games = [game("authors-baselines/3s5z-smax", "smac", "win rate", 5.03e5, A2PO=easy)]
@@ -570,6 +587,13 @@ def launched(mpe: str = "", easy: str = "critic-twice/3s5z-smax/a2po_smac") -> l
         folder = f"figure10-authors/{name}"
         games.append(game(folder, "mpe", "return", 5.03e5, A2PO=f"{mpe or folder.split('/')[0]}/{name}/a2po_mpe"))
     return games
+
+
+EQUAL = [
+    game("equal-critic/3s5z-smax", "smac", "win rate", 5.03e5),
+    game(f"figure10-critic-twice/{COOPERATIVE}", "mpe", "return", 5.03e5, A2PO=f"value-clip/{COOPERATIVE}/a2po_mpe"),
+    game("equal-critic/spread-3-0.5-jaxmarl", "mpe", "return", 5.03e5),
+]
 
 
 def test_all_tasks_together():
@@ -592,6 +616,7 @@ def test_all_tasks_together():
                 "as in the": launched(),
                 "on MPE": launched("figure10-critic-twice"),
                 "so, with": launched("figure10-critic-once", "figure5-7/3s5z-smax/a2po_smac"),
+                "Tables 7 and 10": EQUAL,
             },
         ),
     ],
@@ -607,15 +632,16 @@ def test_tasks_of_a_kind(before, rows):
 
 
 def test_in_short():
-    """The rows are those of the tables that it is the short of, without their intervals."""
+    """Its rows are those of the longer tables, without their intervals."""
     _, found = read_table("**Is A2PO ahead?**")
     _, every = read_table("Our question: does the paper's claim")
-    longer = [["", "", *(f"{gap}, {ahead}, p = {p}" for x, _, _, _, gap, ahead, p, _ in every if x == "A2PO")]]
-    for before in ("**No: in the first 10", "**The launch scripts' settings"):
-        longer += [["", *row] for row in read_table(before)[1]]
-    longer = [[re.sub(r" \([^)]*\)", "", cell).replace("ahead in ", "") for cell in row[2:]] for row in longer]
-    shared, each = [[f"{cell}" for cell in row] for row in longer[1:3]]
-    assert [row[2:] for row in found] == [longer[0], shared, each, longer[3]]
+    (_, shared), (_, launch) = (
+        read_table(f"**{words}") for words in ("No: in the first 10", "The launch scripts' set")
+    )
+    longer = [[f"{gap}, {ahead}, p = {p}" for x, _, _, _, gap, ahead, p, _ in every if x == "A2PO"]]
+    longer += [row[1:] for row in (*shared, launch[0], launch[-1])]
+    short = [[re.sub(r" \([^)]*\)|ahead in ", "", cell) for cell in row] for row in longer]
+    assert [row[2:] for row in found] == short
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
@@ -905,6 +931,12 @@ SENTENCES = [
             "0.5 above CoPPO (-7.3": ("critic-five/3s5z-smax/a2po_smac", "coppo_smac"),
             "4.7 above HAPPO (-4.0": ("critic-five/3s5z-smax/a2po_smac", "happo_smac"),
         },
+    ),
+    Said(
+        "equal-critic/spread-3-0.5-jaxmarl",
+        TO_500K,
+        SIX,
+        {"0.1 above them (-0.6": ("a2po_mpe", "figure10-critic-twice/spread-3-0.5-jaxmarl/a2po_mpe")},
     ),
     Said(
         "preopc/10x320/3s5z-smax",
