@@ -1114,3 +1114,26 @@ def test_what_is_left_on_mujoco():
     )
     numbers = (rollout, physics, update, products, min(halves), max(halves))
     assert all(map(shows, said.groups(), numbers)), numbers
+
+
+def test_speed_on_smac():
+    """The table's numbers are those of the file; by turn, what one copy of a chunk saves, and JaxMARL's over ours."""
+    _, found = read_table("**SMAC's four scripts**")
+    (point,) = json.loads((RESULTS / "speed/smax-3s5z.json").read_text())["points"]
+    for script, *row in found:
+        numbers, over = point["scripts"][script], point["scripts"]["mappo_smac"]["iteration"]
+        expected = [numbers[name] for name in ("rollout", "update", "iteration")]
+        expected += [numbers["iteration"] / over, numbers["steps_per_second"], numbers["peak_memory_mib"]]
+        assert all(map(shows, row, expected)), (script, expected)
+    turns = json.loads((RESULTS / "speed/smax-chunks.json").read_text())["turns"]
+    faster = [turn["bff5368"]["update"] / turn["after"]["update"] for turn in turns]
+    three = r"([\d.]+), ([\d.]+) and ([\d.]+)"
+    said = re.search(rf"an update is {three} times as fast in MAPPO, {three} in A2PO", TEXT)
+    assert all(map(shows, said.groups(), faster)) and not any(turn["largest_difference"] for turn in turns), faster
+    over = []
+    for day in ("", "-2"):
+        raw = json.loads((RESULTS / f"speed/peers-smax{day}.json").read_text())["peers"]["jaxmarl"]["turns"]
+        for theirs, ours in zip(raw["jaxmarl"], raw["mappo_smac, SMAX"], strict=True):
+            over.append(np.median(theirs["update"]) / np.median(np.add(ours["rollout"], ours["update"])))
+    said = re.search(r"theirs over ours ([\d.]+) and ([\d.]+), and 3.65.*?\), ([\d.]+) and ([\d.]+) \(raw\)", TEXT)
+    assert all(map(shows, said.groups(), over)), over
