@@ -577,9 +577,6 @@ EACH = [
 ]
 
 
-COOPERATIVE = "spread-3-0-jaxmarl"
-
-
 def launched(mpe: str = "", easy: str = "critic-twice/3s5z-smax/a2po_smac") -> list[Game]:
     """With the launch settings, but for A2PO's runs of these folders."""
     games = [game("authors-baselines/3s5z-smax", "smac", "win rate", 5.03e5, A2PO=easy)]
@@ -589,6 +586,7 @@ def launched(mpe: str = "", easy: str = "critic-twice/3s5z-smax/a2po_smac") -> l
     return games
 
 
+COOPERATIVE = "spread-3-0-jaxmarl"
 EQUAL = [
     game("equal-critic/3s5z-smax", "smac", "win rate", 5.03e5),
     game(f"figure10-critic-twice/{COOPERATIVE}", "mpe", "return", 5.03e5, A2PO=f"value-clip/{COOPERATIVE}/a2po_mpe"),
