@@ -705,8 +705,13 @@ SENTENCES = [
         SIX,
         {
             "143 below MAPPO's": (A2PO, MAPPO),
+            "161 above CoPPO's": (A2PO, COPPO),
+            "164 above HAPPO's": (A2PO, HAPPO),
+            "305 above CoPPO": (MAPPO, COPPO),
             "314 above itself": (CRITIC_TWICE, A2PO),
             "171 above MAPPO": (CRITIC_TWICE, MAPPO),
+            "478 above HAPPO": (CRITIC_TWICE, HAPPO),
+            "476 above CoPPO": (CRITIC_TWICE, COPPO),
         },
     ),
     Said(
