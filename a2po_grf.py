@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -1048,7 +1049,7 @@ class Share:
     def observe(self) -> dict[str, np.ndarray]:
         """All games after all steps: a simulator drives what this works with out of the caches."""
         seen = [game.observe() for game in self.games]
-        return {name: np.stack([one[name] for one in seen]) for name in seen[0]}
+        return {name: np.stack([one[name] for one in seen]) for name in self.games[0].observation_space}
 
     def reset(self, seeds: list):
         for game, seed in zip(self.games, seeds, strict=True):
@@ -1094,8 +1095,9 @@ def serve(connection, main_end, *arguments):
             for method, argument in iter(connection.recv, None):
                 connection.send(getattr(share, method)(argument))
     except Exception as error:  # an EOFError where the main process is gone: then nobody is told
+        place = traceback.extract_tb(error.__traceback__)[-1]
         with contextlib.suppress(OSError):
-            connection.send(f"failed: {error!r}")
+            connection.send(f"failed: {error!r} ({Path(place.filename).name}, line {place.lineno})")
 
 
 class GamesFailed(SystemExit):
@@ -1250,6 +1252,7 @@ class Episodes(gym.vector.VectorWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
+        assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP
         self.obs = None  # until the first reset
         self.crashes = 0  # episodes that were dropped because a game crashed
 
@@ -1290,7 +1293,7 @@ class Episodes(gym.vector.VectorWrapper):
         return ended
 
     def get_state(self) -> dict | None:
-        simulator = None if self.obs is None else self.env.get_state()
+        simulator = None if self.obs is None else getattr(self.env, "get_state", lambda: None)()
         if simulator is None:
             return None
         obs = {name: torch.tensor(value) for name, value in self.obs.items()}

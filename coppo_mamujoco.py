@@ -272,7 +272,7 @@ class ObservationNormalizer(nn.Module):
 
     def update(self, obs):
         """obs (B, size): merge the batch's moments into the running ones."""
-        variance, mean = torch.var_mean(obs, 0, correction=0)
+        variance, mean = torch.var_mean(obs.double(), 0, correction=0)
         self.count += len(obs)
         change, share = mean - self.mean, len(obs) / self.count
         self.variance.lerp_(torch.addcmul(variance, change, change * (1 - share)), share)
@@ -571,6 +571,7 @@ class Episodes(gym.vector.VectorWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__(envs)
+        assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP
         self.obs = None  # until the first reset
         self.crashes = 0  # episodes that were dropped because a game crashed
 
@@ -611,7 +612,7 @@ class Episodes(gym.vector.VectorWrapper):
         return ended
 
     def get_state(self) -> dict | None:
-        simulator = None if self.obs is None else self.env.get_state()
+        simulator = None if self.obs is None else getattr(self.env, "get_state", lambda: None)()
         if simulator is None:
             return None
         obs = {name: torch.tensor(value) for name, value in self.obs.items()}

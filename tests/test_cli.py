@@ -134,6 +134,20 @@ def test_hints(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_defaults_that_no_table_has(name):
+    """MAPPO's, and those that the results are of; the reference in the tests of the update takes whatever is given."""
+    benchmark, args = name.split("_")[1], vars(load(name).Args())
+    expected = {"huber_delta": 10.0, "max_grad_norm": 10.0, "hidden_size": 64, "critic_steps": 1, "eval_episodes": 32}
+    expected |= {"gamma": 0.995 if benchmark == "grf" else 0.99, "cumulative_blocks": False, "recurrent": True}
+    expected |= {"deep": benchmark == "mpe", "agent_id": False, "share_parameters": False, "seed": 1}
+    of_benchmark = {"mpe": {"num_envs": 32, "num_steps": 25}, "mamujoco": {"num_envs": 16}}
+    of_benchmark["grf"] = {"num_envs": 24, "reward_goal": 5.0, "reward_win": 5.0, "reward_position": 1.0}
+    of_benchmark["grf"] |= dict.fromkeys(("reward_ball_gained", "reward_ball_lost", "reward_out"), 0.1)
+    expected = {option: value for option, value in expected.items() if option in args} | of_benchmark.get(benchmark, {})
+    assert {option: args[option] for option in expected} == expected
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_numbers(name):
     """Whole numbers may be written with an exponent or underscores; names that look like one are left as they are."""
     parse = load(name).parse_args

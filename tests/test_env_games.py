@@ -1,6 +1,7 @@
 """`Games`, the worker processes that several benchmarks share, and `Episodes` around it, with a small game of ours:
 what goes wrong with a game costs its episodes, not the run, and nothing is left behind. Every script has the same."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -169,7 +170,7 @@ def test_games_without_a_state(games):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("error", "ValueError.'the game is broken'"),
+        ("error", r"ValueError.'the game is broken'. .test_env_games.py, line \d\d."),
         ("file", "FileNotFoundError.'no such map'"),
         ("die", "died"),
         ("hang", "not answer for 0.5 s"),
@@ -193,6 +194,19 @@ def test_a_game_fails_in_a_step(games, what, said):
     obs, rewards, *_ = play(envs, 1, begin=3)[0]
     assert obs["now"].tolist() == [[100 + e, 1, 0, 1] if x else [100 + e, 0, 1, 0] for e, x in enumerate(lost)]
     assert rewards[:, 0].tolist() == [e + 3 if x else 0.0 for e, x in enumerate(lost)]
+
+
+@dropped
+def test_a_game_that_does_not_show_all(games):
+    """What its space has and `observe` has not is no array of zeros."""
+
+    class Blind(Clock):
+        def observe(self):
+            return {}
+
+    envs = games(1, 1, game=Blind)
+    with pytest.raises(script.GamesFailed, match="KeyError.'now'"):
+        envs.reset()
 
 
 @dropped
@@ -327,6 +341,7 @@ def test_rewards_of_each_agent():
     """Where the agents are paid differently, the return of an episode is their mean."""
 
     class Paid(gym.vector.VectorEnv):
+        metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         num_envs = 1
         single_action_space = gym.spaces.MultiDiscrete([2, 2])
         action_space = gym.vector.utils.batch_space(single_action_space, 1)
@@ -347,6 +362,7 @@ def test_rewards_of_each_agent():
 class Noise(gym.vector.VectorEnv):
     """Four games of three agents, who see two numbers."""
 
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
     num_envs = 4
     spaces = {"obs": gym.spaces.Box(-np.inf, np.inf, (3, 2), np.float32), "alive": gym.spaces.MultiBinary(3)}
     single_observation_space = gym.spaces.Dict(spaces)
@@ -402,6 +418,49 @@ def test_agent_id_is_an_option(name, agent_id, monkeypatch, capsys):
         envs.reset()
         width = envs.look("cpu")["obs"].shape[-1]
         assert width == envs.single_observation_space["obs"].shape[-1] == (5 if agent_id else 2)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_games_are_those_asked_for(name, monkeypatch):
+    """Map, seed, number, rewards, workers and patience reach every simulator."""
+    module, made = load(name), []
+    benchmark, names = name.split("_")[1], {field.name for field in dataclasses.fields(module.Args)}
+    for simulator in ("SMAX", "JaxMARL", "Games", "MaMuJoCo"):
+        monkeypatch.setattr(module, simulator, lambda *words: made.append(words) or Noise(), raising=False)
+    rewards = {name: k for k, name in enumerate(sorted(name for name in names if name.startswith("reward_")), start=1)}
+    tasks = {"smac": {"map": "8m"}, "mpe": {"n_agents": 5, "local_ratio": 0.25}}
+    tasks |= {"grf": {"scenario": "academy_corner"} | rewards}
+    tasks |= {"mamujoco": {"scenario": "Hopper", "partition": "3x1", "env_version": "v4"}}
+    task = tasks[benchmark]
+    for simulator in SIMULATORS.get(benchmark, [None]):
+        options = task | {"seed": 7, "num_envs": 4, "num_workers": 3, "worker_timeout": 9.0, "simulator": simulator}
+        options |= {"torch_threads": 3}
+        made.clear()
+        module.make_envs(module.Args(**{name: value for name, value in options.items() if name in names}))
+        if benchmark == "mamujoco":
+            assert [(*words[:4], words[5]) for words in made] == [(*task.values(), 4, 3)]
+        elif simulator in ("smax", "jaxmarl"):
+            assert made == [(*task.values(), 4, 7)]
+        else:
+            parts = [(2, 7000), (2, 7002)] if benchmark == "grf" else [(4, 7000)]
+            assert [words[1:] for words in made] == [(*part, 3, 9.0) for part in parts]
+            weights = {name.removeprefix("reward_"): weight for name, weight in rewards.items()}
+            wanted = ("academy_corner", weights) if benchmark == "grf" else tuple(task.values())
+            assert all(words[0].args == wanted for words in made)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_vector_environments_of_ones_own(name, monkeypatch):
+    """They need not have a state; they must begin a new episode with the step after the last."""
+    module = load(name)
+    monkeypatch.delattr(Noise, "get_state")
+    envs = module.Episodes(Noise())
+    envs.reset()
+    assert envs.get_state() is None
+    envs.set_state(None)
+    monkeypatch.setattr(Noise, "metadata", {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
+    with pytest.raises(AssertionError):
+        module.Episodes(Noise())
 
 
 # -------------------------------------------------------------------------------------------------- nothing is left

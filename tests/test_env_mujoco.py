@@ -269,7 +269,7 @@ def test_observation_normalizer():
     rng, normalizer, seen = np.random.default_rng(0), script.ObservationNormalizer(4), np.zeros((0, 4))
     for size in (1, 7, 64, 3, 500):
         batch = rng.normal([0, 5, -30, 2], [1, 0.1, 20, 0], (size, 4)) + rng.normal(size=4) * [1, 1, 1, 0]
-        normalizer.update(torch.as_tensor(batch))
+        normalizer.update(torch.as_tensor(batch.astype(np.float32 if size == 64 else np.float64)))
         seen = np.concatenate([seen, batch])
     np.testing.assert_allclose(normalizer.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(normalizer.variance, seen.var(0), rtol=1e-3, atol=1e-5)

@@ -221,11 +221,13 @@ def test_every_map_can_be_made(map_name):
     ("map_name", "ally", "enemy"), [("8m_vs_9m", (8, 45), (9, 45)), ("corridor", (6, 150), (24, 35))]
 )
 def test_maps_of_ours(map_name, ally, enemy):
-    """The maps that SMAX lacks: numbers and health of their units."""
+    """The maps that SMAX lacks: numbers, health and first positions of their units."""
     pytest.importorskip("jaxmarl")
-    made = script.SMAX(map_name, 1, seed=0)
+    made = script.SMAX(map_name, 4, seed=0)
     obs, _ = made.reset(seed=0)
     assert obs in made.observation_space
+    across = np.array(units(made).unit_positions)[..., 0]
+    assert across[:, : ally[0]].max() < 16 < across[:, ally[0] :].min(), "each team begins on its own side"
     assert np.array(units(made).unit_health)[0].tolist() == [ally[1]] * ally[0] + [enemy[1]] * enemy[0]
 
 

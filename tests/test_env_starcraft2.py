@@ -181,6 +181,7 @@ def test_no_second_game(double):
     game.reset()
     game.reset()  # the double complains about a second game in the same object
     assert double.made[-2].closed and double.made[-1].running
+    assert double.made[-1]._seed != double.made[-2]._seed, "it would play the same episodes again"
     play(game, "win")
     games = len(double.made)
     play(game, "win")

@@ -822,6 +822,9 @@ def test_the_recurrent_network_layer_by_layer(module, deep):
         W = layer.weight
         small = W @ W.T if len(W) <= W.shape[1] else W.T @ W
         torch.testing.assert_close(small, gain**2 * torch.eye(len(small)).double(), atol=1e-5, rtol=0)
+    for weight in (network.gru.weight_ih, network.gru.weight_hh):
+        torch.testing.assert_close(weight.T @ weight, torch.eye(8).double(), atol=1e-5, rtol=0)
+    assert not network.gru.bias_ih.any() and not network.gru.bias_hh.any()
     with torch.no_grad():
         for parameter in network.parameters():  # biases, too, shall matter
             parameter += 0.1 * torch.randn_like(parameter)

@@ -131,13 +131,21 @@ def test_linked_files_exist():
 
 
 def test_an_environment_of_your_own(tmp_path):
-    """tests/own.py in a copy of a2po_mpe.py, as the README says: it trains, is learned and evaluated."""
+    """tests/own.py in a copy of a2po_mpe.py, as the README says: it trains, is learned, resumed and evaluated."""
     own, script = (ROOT / "tests" / "own.py").read_text(), (ROOT / "a2po_mpe.py").read_text()
     begin, end = script.index("class Navigation:"), script.index("class Share:")
     script = script[:begin] + own[own.index("class Meeting:") :] + "\n\n" + script[end:]
-    call = "functools.partial(Navigation, args.n_agents, args.local_ratio)"
-    assert script.count(call) == 1
-    (tmp_path / "a2po_meeting.py").write_text(script.replace(call, "functools.partial(Meeting, args.n_agents)"))
+    for old, new in (
+        (r'    (local_ratio|simulator): .*\n    """[^"]*"""\n', ""),
+        (r'    if args.simulator == "jaxmarl":\n        return .*\n', ""),
+        (r"\(Navigation, args.n_agents, args.local_ratio\)", "(Meeting, args.n_agents)"),
+        (r'"local_ratio", "simulator", "num_envs"\)', '"num_envs",)'),
+        (r'return f"spread-.*"', 'return f"meeting-{args.n_agents}"'),
+        (r'(args\.|    |TASK = \(")n_agents(?=\W)(?! = )', r"\1friends"),
+    ):
+        script, times = re.subn(old, new, script)
+        assert times > 0, old
+    (tmp_path / "a2po_meeting.py").write_text(script)
 
     def run(words):
         command = [sys.executable, "a2po_meeting.py", *words.split(), "--torch-threads", "1", "--num-workers", "1"]
@@ -145,9 +153,10 @@ def test_an_environment_of_your_own(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("--simulator mpe2 --total-timesteps 8000 --eval-every 8000 --learning-rate 1e-3")
+    run("--friends 3 --total-timesteps 800 --eval-every 8000 --learning-rate 1e-3")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert "greedy episodes: return" in run(f"--eval-only --checkpoint {folder / 'checkpoint.pt'}")
+    run(f"--resume {folder} --total-timesteps 8000")
+    assert "greedy episodes: return" in run(f"--eval-only --checkpoint {folder / 'checkpoint.pt'} --out scores.jsonl")
     last = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
     assert last["episodic_return"] > 2 * 25 * 3 / 9, "twice what random steps are paid"
 

@@ -130,6 +130,42 @@ def test_exp_names_that_would_break_folders(name, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
+def test_events_after_the_checkpoint_are_dropped(train):
+    """Of iterations that a killed run made after its last save, and that are made again."""
+    run = train()
+    with a2po_smac.SummaryWriter(run.folder) as writer:
+        writer.add_scalar("losses/value_loss", 9.0, run.checkpoint["progress"]["global_step"] + 5)
+    train(argv=["--resume", str(run.folder), "--total-timesteps", "60"])
+    assert 9.0 not in [event.value for event in scalars(run.folder)["losses/value_loss"]]
+
+
+def test_seconds_of_the_parts_of_an_iteration(monkeypatch):
+    run, clock = object.__new__(a2po_smac.Run), iter([1.0, 4.0, 9.0])
+    run.progress, run.args, run.stop_signal = {"global_step": 0}, a2po_smac.Args(), 0
+    monkeypatch.setattr(a2po_smac, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert run.goes_on()
+    run.lap("rollout"), run.lap("update")
+    assert run.seconds == {"rollout": 3.0, "update": 5.0}
+
+
+def test_when_to_evaluate_and_to_save(train, monkeypatch):
+    """After the iteration in which a multiple of the steps was passed, and at the end; each by its own option."""
+    calls = {"save": [], "log_evaluation": []}
+    for name, steps in calls.items():
+        original = getattr(a2po_smac.Run, name)
+
+        def watched(self, *inputs, steps=steps, original=original):
+            steps.append(self.progress["global_step"])
+            return original(self, *inputs)
+
+        monkeypatch.setattr(a2po_smac.Run, name, watched)
+    folder = train(total_timesteps=100, save_every=30, eval_every=45, update_epochs=1).folder
+    steps = [event.step for event in scalars(folder)["losses/value_loss"]]
+    for name, every in (("save", 30), ("log_evaluation", 45)):
+        passed = [now for before, now in zip([0, *steps], steps, strict=False) if before // every < now // every]
+        assert sorted(set(calls[name])) == sorted({*passed, steps[-1]}), name
+
+
 @pytest.mark.parametrize("total", ["30", "12"])
 def test_a_complete_run_is_left_alone(train, total, capsys):
     """One line says that nothing was done, and why."""

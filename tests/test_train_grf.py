@@ -23,11 +23,13 @@ from helpers import (
     differences,
     evaluations,
     in_double,
+    leaves,
     load,
     orders,
     scalars,
 )
 from reference import Reference
+from test_train_smac import Clockwork, Counter
 
 import a2po_grf
 
@@ -127,7 +129,12 @@ def reference_of(run, script):
 SEQUENTIAL = [name for name in GRF_SCRIPTS if hasattr(load(name).Args, "agent_blocks")]
 CASES = [(name, {}, 2) for name in GRF_SCRIPTS] + [(name, {}, 3) for name in SEQUENTIAL]
 CASES += [("a2po_grf", {"cumulative_blocks": True}, 2), ("a2po_grf", {"preopc_targets": False}, 3)]
-CASES += [("happo_grf", {"preopc": True}, 3), ("mappo_grf", {"vtrace": True}, 2), ("coppo_grf", {"vtrace": True}, 2)]
+CASES += [
+    ("a2po_grf", {"preopc": False}, 3),
+    ("happo_grf", {"preopc": True}, 3),
+    ("mappo_grf", {"vtrace": True}, 2),
+    ("coppo_grf", {"vtrace": True}, 2),
+]
 CASES += [(name, {"critic_steps": 2}, 2) for name in GRF_SCRIPTS]
 
 
@@ -226,6 +233,57 @@ def test_happo_draws_its_order(train):
     assert len(drawn) == run.checkpoint["progress"]["iteration"] > 10
     assert all(sorted(order) == [0, 1, 2] for order in drawn)
     assert {order[0] for order in drawn} == {order[2] for order in drawn} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("script", ["a2po_grf"], indirect=True)
+def test_the_order_is_by_the_rule_asked_for(script, train, monkeypatch):
+    """Drawn from the generator that checkpoints have."""
+    asked, order = [], script.agent_order
+    monkeypatch.setattr(script, "agent_order", lambda *words: asked.append(words[1:]) or order(*words))
+    train(agent_order="reverse-greedy")
+    assert set(asked) == {("reverse-greedy", torch.default_generator)}
+
+
+@own_and_shared
+def test_first_weights_of_the_heads(script, shared, train):
+    """Orthogonal; the actors' are small (gain 0.01), so that all actions are equally likely."""
+    run = train(share_parameters=shared, total_timesteps=1, update_epochs=1)
+    assert run.checkpoint["learned"].keys() == {"actor", "critic", "normalizer", "actor_optimizer", "critic_optimizer"}
+    for part, gain in (("actor", 0.01), ("critic", 1.0)):
+        assert len(run.initial[part]) == (1 if shared else 3)
+        for network in run.initial[part]:
+            W = network.head[-1].weight
+            torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(len(W)), rtol=1e-3, atol=1e-6)
+
+
+class Waiting(Clockwork):
+    """A half of the games."""
+
+    closed, single_observation_space = False, gym.spaces.Dict()
+
+    def step_async(self, actions):
+        self.asked = actions
+
+    def step_wait(self):
+        return self.step(self.asked)
+
+
+def test_evaluation(script):
+    """Of both halves: fixed shares of episodes, the best available action, recurrent state from zero each time; and
+    then the games are as they were."""
+    actor, halves = Counter(), [Waiting(2), Waiting(1)]
+    envs = script.Halves([script.Episodes(half) for half in halves])
+    envs.reset()
+    for _ in range(3):  # a training under way
+        envs.play(torch.zeros(3, 2, dtype=torch.long))
+    before = envs.get_state()
+    played = script.evaluate([actor], envs, 8, torch.device("cpu"))
+    after = envs.get_state()
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(leaves(before), leaves(after), strict=True))
+    assert sorted((p["env"], p["length"]) for p in played) == [(0, 1)] * 3 + [(1, 2)] * 3 + [(2, 1)] * 2
+    for half in halves:
+        assert len(half.actions) > 5 and all((a == [2, 1]).all() for a in half.actions[3:])
+    assert actor.wrong == 0
 
 
 @pytest.mark.parametrize("m", [1, 3])

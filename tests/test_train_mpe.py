@@ -375,7 +375,7 @@ def test_eval_only_jaxmarl(files, monkeypatch, capsys, jax_games):  # noqa: F811
 # ------------------------------------------------------------------------------------------ the update in plain loops
 OPTIONS = [("a2po_mpe", {"cumulative_blocks": True}), ("happo_mpe", {"preopc": True}), ("mappo_mpe", {"vtrace": True})]
 OPTIONS += [("a2po_mpe", {"preopc_targets": False}), ("coppo_mpe", {"vtrace": True})]
-OPTIONS += [(name, {"critic_steps": 2}) for name in SCRIPTS]
+OPTIONS += [(name, options) for name in SCRIPTS for options in ({"critic_steps": 2}, {"recurrent": False})]
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["cooperative", "general-sum"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from elsewhere import elsewhere
-from helpers import SCRIPTS, assert_same_training, differences, evaluations, in_double, leaves, load, scalars
+from helpers import SCRIPTS, assert_same_training, differences, evaluations, in_double, leaves, load, orders, scalars
 from reference import Reference, Step
 
 import a2po_mamujoco as a2po
@@ -325,6 +325,48 @@ def test_training_is_the_algorithm_in_plain_loops(script, train, options, monkey
     idle = {name for name, times in reference.active.items() if times < 5} - missing
     is_corrected = getattr(run.args, "preopc", False) or getattr(run.args, "vtrace", False)
     assert idle == (set() if is_corrected else {"trace cut"}), "everything else must matter in this test"
+
+
+def test_the_update_sees_what_the_policies_saw(script, train, monkeypatch):
+    """Each observation as the statistics of the steps before it brought it to size, and never again by later ones; the
+    last one, for V(s_{t+1}), too."""
+    rollouts, change = [], script.policy_change
+
+    def watched(actor, rollout, i):
+        rollouts.append(rollout)
+        return change(actor, rollout, i)
+
+    monkeypatch.setattr(script, "policy_change", watched)
+    steps = train(total_timesteps=10, update_epochs=1).games[0].record[: SMALL["num_steps"]]
+    normalizer, expected = script.ObservationNormalizer(Rig.obs_dim), []
+    for step in steps:
+        obs = torch.as_tensor(step.seen["obs"])
+        expected.append(normalizer(obs))
+        normalizer.update(obs)
+    expected.append(normalizer(torch.as_tensor(steps[-1].after["obs"])))
+    assert rollouts and all(torch.equal(rollout.obs, torch.stack(expected)) for rollout in rollouts)
+
+
+@pytest.mark.parametrize("script", ["a2po_mamujoco"], indirect=True)
+def test_the_order_is_by_the_rule_asked_for(train, script, monkeypatch):
+    """Drawn from the generator that checkpoints have."""
+    asked, order = [], script.agent_order
+    monkeypatch.setattr(script, "agent_order", lambda *words: asked.append(words[1:]) or order(*words))
+    train(agent_order="reverse-greedy", total_timesteps=10, update_epochs=1)
+    assert set(asked) == {("reverse-greedy", torch.default_generator)}
+
+
+@pytest.mark.parametrize("script", ["happo_mamujoco"], indirect=True)
+def test_happo_draws_its_order(train):
+    drawn = orders(train(total_timesteps=300, update_epochs=1).folder, 4)
+    assert len(drawn) > 10 and all(len({order[k] for order in drawn}) > 2 for k in range(4))
+
+
+def test_first_weights_of_the_critics(train):
+    """The head's gain is 1."""
+    initial = train(total_timesteps=1, update_epochs=1).initial["critic"]
+    heads = [weight for name, weight in initial.items() if name.endswith(".7.weight")]
+    assert len(heads) == 4 and all(head.square().sum().item() == pytest.approx(1.0) for head in heads)
 
 
 def as_seen_by_all(step):

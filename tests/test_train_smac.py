@@ -15,6 +15,7 @@ import torch
 from elsewhere import elsewhere
 from helpers import (
     LARGE,
+    SCRIPTS,
     SMAC_SCRIPTS,
     SMALL,
     Skirmish,
@@ -26,6 +27,7 @@ from helpers import (
     load,
     make_args,
     of_agents,
+    orders,
     scalars,
 )
 from helpers import train as train_on
@@ -139,6 +141,37 @@ def test_ranks_are_by_the_advantages_of_the_last_update(script, train):
     assert list(np.argsort(reference.scores)) != list(np.argsort(reference.last_sizes))
     plain = train("plain", preopc=False, agent_order="greedy").folder
     assert of_agents(plain, "rank") == of_agents(plain, "position") != []
+
+
+SHARED = [name for name in SCRIPTS if name.endswith(("_smac", "_mpe"))]
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name.startswith("a2po")])
+def test_the_order_is_by_the_rule_asked_for(name, tmp_path, monkeypatch):
+    """Drawn from the generator that checkpoints have."""
+    script, asked = load(name), []
+    order = script.agent_order
+    monkeypatch.setattr(script, "agent_order", lambda *words: asked.append(words[1:]) or order(*words))
+    train_on(script, tmp_path, Skirmish, make_args(script, agent_order="reverse-greedy"))
+    assert set(asked) == {("reverse-greedy", torch.default_generator)}
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name.startswith("happo")])
+def test_happo_draws_its_order(name, tmp_path):
+    script = load(name)
+    args = make_args(script, total_timesteps=300, update_epochs=1, agent_blocks=3)
+    drawn = orders(train_on(script, tmp_path, Skirmish, args).folder, Skirmish.n)
+    assert len(drawn) > 10 and all({order[k] for order in drawn} == {0, 1, 2} for k in range(3))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_first_weights_of_the_heads(name, tmp_path):
+    """Orthogonal; the actor's are small (gain 0.01), so that all actions are equally likely."""
+    script = load(name)
+    run = train_on(script, tmp_path, Skirmish, make_args(script, total_timesteps=1, update_epochs=1))
+    for part, gain in (("actor", 0.01), ("critic", 1.0)):
+        W = run.initial[part].head[-1].weight
+        torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(len(W)), rtol=1e-3, atol=1e-6)
 
 
 def test_one_thread_while_the_game_plays(script, train, monkeypatch):
@@ -340,6 +373,8 @@ def test_run_directory(script, train):
 # ------------------------------------------------------------------------------------------------------ evaluation
 class Clockwork(gym.vector.VectorEnv):
     """Environment e plays episodes of e + 1 steps; rewards number the episodes; some crash at their end."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs, crashes=()):
         self.num_envs, self.crashes = num_envs, crashes
