@@ -5,7 +5,7 @@ A class of one game for the whole team, made in a worker process by `game(..., s
 - It is seeded when it is made, with a seed of its own for each environment. `build` counts the games that took the
   place of one that failed, so that it does not play the same again. `reset()` without a seed goes on from there.
 - `observe()` has obs (n, size), state (size,), and action_mask (n, actions) and alive (n,), ones where all is allowed
-  and nobody dies. An action that no mask allows is never asked for. Agents with less to see or to do are padded.
+  and nobody dies. An action that the mask forbids is never asked for. Agents with less to see or to do are padded.
 - `step(action)` gets one number per agent. The reward is the team's, or an array (n,) with each agent's own. Terminated
   is an end of the game itself, after which nothing is worth anything; truncated is a time limit. Every episode must
   end by one or the other: evaluations wait for it.
